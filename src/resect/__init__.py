@@ -1,0 +1,42 @@
+"""Find, train, analyse and cut the residual blocks of any PyTorch model."""
+
+__version__ = "0.1.0"
+
+# The imports are in the order of the story: find, train, analyse, shrink.
+# isort: off
+from resect.errors import ResectError
+from resect.blocks.example import Example
+from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.find import find_blocks
+from resect.blocks.gate import closed, gates
+from resect.train.epsilon_gate import EpsilonGate
+from resect.analyse.lesion import LesionStudy, lesion_study
+from resect.analyse.paths import path_lengths
+from resect.analyse.gradients import PathGradients, path_gradients
+from resect.blocks.plan import Plan
+from resect.shrink.rank import Ranking, rank
+from resect.shrink.remove import remove
+from resect.shrink.files import load, save
+# isort: on
+
+__all__ = [
+    "Blocks",
+    "EpsilonGate",
+    "Example",
+    "LesionStudy",
+    "PathGradients",
+    "Plan",
+    "Ranking",
+    "ResectError",
+    "ResidualBlock",
+    "closed",
+    "find_blocks",
+    "gates",
+    "lesion_study",
+    "load",
+    "path_gradients",
+    "path_lengths",
+    "rank",
+    "remove",
+    "save",
+]

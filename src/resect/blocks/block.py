@@ -1,0 +1,220 @@
+"""What a residual block is: plain frozen data, valid for any copy of the model, JSON in and out."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, overload
+
+from resect.blocks.example import Example
+from resect.errors import InputError, unknown
+
+Shortcut = Literal["identity", "projection", "reshape"]
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """One shortcut, one branch and their addition.
+
+    Strings and numbers only. ``modules`` are the branch's largest module calls, in call order: what is
+    intercepted, and what goes when the block is removed.
+    """
+
+    name: str
+    """``<owner>/<branch module with most parameters>``: ``layer3.4/conv1``, ``blocks.5/attn``."""
+    owner: str
+    """The innermost module that holds both the branch and the addition."""
+    index: int
+    """Place in the order of execution, from 0."""
+    shortcut: Shortcut
+    """``identity``, ``projection`` (has weights) or ``reshape`` (pools, pads or slices)."""
+    part: str
+    """``attention``, ``mlp`` or ``conv``: what the branch mostly is."""
+    modules: tuple[str, ...]
+    end: str | None
+    """The module whose output is the branch end, where gates act; None: the block can only be closed."""
+    templates: tuple[Any, ...]
+    """Per module, the shape of its output: ``"absent"`` for a tensor, lists and None around it."""
+    end_leaf: int | None
+    """Where the branch end sits in a tuple that ``end`` returns; None: ``end`` returns the tensor itself."""
+    sum: int
+    """Number of the addition; parallel branches of one sum share it."""
+    clone: bool
+    """The sum is later written in place, so a shortcut that passes alone is cloned."""
+    inner_adds: int
+    """Additions between the last module and the block's own addition (0 nearly always)."""
+    raw_parameters: tuple[str, ...]
+    """Parameters that the branch uses outside its modules (a raw layer scale); they go with it."""
+    parameters: int
+    """Number of weights that only this branch uses."""
+    response: float
+    """max|f| over the example when the block was found: what an epsilon gate compares with."""
+    reason: str = ""
+    """Why the block cannot be scaled, where it cannot."""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether a function can act on exactly the branch end."""
+        return self.end is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of strings, numbers, lists and None."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ResidualBlock:
+        """Rebuild a block from ``to_json``; raises ``InputError`` on missing or unknown fields."""
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            wrong = sorted(set(data) ^ names)
+            raise InputError(f"This is not a residual block written by this version: fields {wrong} differ.")
+        values = dict(data)
+        for key in ("modules", "templates", "raw_parameters"):
+            values[key] = tuple(values[key])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A residual addition that was seen but is not offered, and why."""
+
+    where: str
+    reason: str
+
+
+Key: TypeAlias = "str | int | ResidualBlock"
+
+
+class Blocks(Sequence[ResidualBlock]):
+    """The residual blocks of one model, in order of execution.
+
+    ``blocks["layer3.4"]`` (a canonical name, or an owner with a single block), ``blocks[0]``,
+    ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[ResidualBlock],
+        *,
+        model: str = "",
+        refused: Iterable[Refusal] = (),
+        example: Example | None = None,
+    ) -> None:
+        self._items = tuple(items)
+        self.model = model
+        self.refused = tuple(refused)
+        self.example = example
+
+    @overload
+    def __getitem__(self, key: str | int) -> ResidualBlock: ...
+    @overload
+    def __getitem__(self, key: slice) -> Blocks: ...
+    def __getitem__(self, key: str | int | slice) -> ResidualBlock | Blocks:
+        """Look up by name or place; a slice gives ``Blocks``."""
+        if isinstance(key, slice):
+            return self._with(self._items[key])
+        if isinstance(key, str):
+            return self._by_name(key)
+        return self._items[key]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[ResidualBlock]:
+        return iter(self._items)
+
+    def __add__(self, other: Blocks) -> Blocks:
+        """Join two selections of one model, in order of execution, each block once."""
+        merged = {block.name: block for block in (*self, *other)}
+        return self._with(sorted(merged.values(), key=lambda block: block.index))
+
+    def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
+        return Blocks(items, model=self.model, refused=self.refused, example=self.example)
+
+    def _by_name(self, name: str) -> ResidualBlock:
+        exact = [block for block in self if block.name == name]
+        owned = exact or [block for block in self if block.owner == name]
+        if len(owned) == 1:
+            return owned[0]
+        if owned:
+            names = ", ".join(block.name for block in owned)
+            raise InputError(f"{name!r} holds {len(owned)} residual blocks. Name one of them: {names}.")
+        raise unknown("residual block", name, self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the canonical names, in order."""
+        return [block.name for block in self]
+
+    def select(self, which: Blocks | Key | Iterable[Key]) -> Blocks:
+        """Return the blocks meant by names, places, blocks, or one of them; each once, in order of execution."""
+        keys: Iterable[Any] = [which] if isinstance(which, (str, int, ResidualBlock)) else which
+        wanted = {self[key.name if isinstance(key, ResidualBlock) else key].name for key in keys}
+        return self._with(block for block in self if block.name in wanted)
+
+    def kind(self, shortcut: Shortcut) -> Blocks:
+        """Return the blocks with this kind of shortcut: ``identity``, ``projection`` or ``reshape``."""
+        if shortcut not in ("identity", "projection", "reshape"):
+            raise unknown("kind of shortcut", shortcut, ("identity", "projection", "reshape"))
+        return self._with(block for block in self if block.shortcut == shortcut)
+
+    def matching(self, pattern: str) -> Blocks:
+        """Return the blocks whose name or owner matches a shell pattern such as ``layer3.*``."""
+        return self._with(
+            block
+            for block in self
+            if fnmatch.fnmatchcase(block.name, pattern) or fnmatch.fnmatchcase(block.owner, pattern)
+        )
+
+    def layers(self) -> dict[str, Blocks]:
+        """Group the blocks by owner, in order: ``{"blocks.0": attention and MLP, …}``."""
+        owners: dict[str, list[ResidualBlock]] = {}
+        for block in self:
+            owners.setdefault(block.owner, []).append(block)
+        return {owner: self._with(items) for owner, items in owners.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict (the example is not part of it)."""
+        return {
+            "model": self.model,
+            "blocks": [block.to_json() for block in self],
+            "refused": [asdict(refusal) for refusal in self.refused],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Blocks:
+        """Rebuild from ``to_json``."""
+        try:
+            return cls(
+                (ResidualBlock.from_json(item) for item in data["blocks"]),
+                model=data["model"],
+                refused=(Refusal(**item) for item in data["refused"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"This is not a list of blocks written by Resect: {error!r}.") from error
+
+    def summary(self) -> str:
+        """Return one line: how many blocks, in how many layers, of which parts."""
+        if not self:
+            return f"no residual blocks in {self.model}" if self.model else "no residual blocks"
+        parts = sorted({block.part for block in self})
+        of = f" of {self.model}" if self.model else ""
+        layers = len(self.layers())
+        return f"{len(self)} residual blocks in {layers} layers{of}: {', '.join(parts)}"
+
+    def __str__(self) -> str:
+        rows = [("name", "shortcut", "part", "modules", "parameters")]
+        for block in self:
+            inside = [name.removeprefix(block.owner + ".") for name in block.modules]
+            rows.append((block.name, block.shortcut, block.part, " ".join(inside), f"{block.parameters:,}"))
+        widths = [min(40, max(len(row[column]) for row in rows)) for column in range(4)]
+        lines = [
+            "  ".join(cell[:width].ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>12}"
+            for row in rows
+        ]
+        lines += [f"refused: {refusal.where}: {refusal.reason}" for refusal in self.refused]
+        return "\n".join([self.summary(), *(lines if len(self) else lines[1:])])
+
+    def __repr__(self) -> str:
+        return f"<Blocks: {self.summary()}>"

@@ -1,0 +1,142 @@
+"""Open, close and scale residual blocks of a model, leaving no trace behind."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from resect.blocks.block import Blocks, Key, ResidualBlock
+from resect.blocks.intercept import PORT, Gate, install, uninstall
+from resect.errors import AttachError, BlocksError, InputError, check_all
+
+Which: TypeAlias = "Blocks | Key | Iterable[Key]"
+
+_found: weakref.WeakKeyDictionary[nn.Module, Blocks] = weakref.WeakKeyDictionary()
+
+
+def remember(model: nn.Module, blocks: Blocks) -> None:
+    """Keep the blocks of a model, so that names alone are enough later."""
+    _found[model] = blocks
+
+
+def resolve(model: nn.Module, which: Which) -> Blocks:
+    """Return the blocks of ``model`` meant by ``which``: Blocks, names, places or one of them.
+
+    Raises ``BlocksError`` if names are given for a model whose blocks were never found, or if the blocks
+    belong to another model.
+    """
+    if not isinstance(which, Blocks):
+        which = [which] if isinstance(which, (str, int, ResidualBlock)) else list(which)
+        if model in _found:
+            which = _found[model].select(which)
+        elif all(isinstance(key, ResidualBlock) for key in which):
+            which = Blocks(key for key in which if isinstance(key, ResidualBlock))
+        else:
+            raise BlocksError(
+                f"The blocks of this {type(model).__name__} are not known yet, so {which!r} cannot be looked up. "
+                "Call resect.find_blocks(model, example) first and pass what it returns."
+            )
+    present = dict(model.named_modules())
+    missing = (
+        f"{block.name!r} has no module {name!r} here"
+        for block in which
+        for name in block.modules
+        if name not in present
+    )
+    check_all(missing, f"These blocks do not belong to this {type(model).__name__}", BlocksError)
+    return which
+
+
+class Gates:
+    """One gate per block, attached to a model until ``detach()``.
+
+    ``g["layer3.4"]`` or ``g[0]`` is a gate: ``close()``, ``scale(0.5)``, ``apply(function)``, ``open()``.
+    """
+
+    def __init__(self, model: nn.Module, which: Which, *, holder: str = "gates", exclusive: bool = False) -> None:
+        self.blocks = resolve(model, which)
+        self._gates = {block.name: Gate(block, holder) for block in self.blocks}
+        modules = dict(model.named_modules())
+        if exclusive:
+            _check_free(self.blocks, modules, holder)
+        with ExitStack() as undo:
+            for block in self.blocks:
+                gate = self._gates[block.name]
+                for position, name in enumerate(block.modules):
+                    install(modules[name], block, position, gate)
+                    undo.callback(uninstall, modules[name], gate)
+            self._undo = undo.pop_all()
+
+    def __getitem__(self, key: str | int) -> Gate:
+        return self._gates[self.blocks[key].name]
+
+    def __iter__(self) -> Iterator[Gate]:
+        return iter(self._gates.values())
+
+    def __len__(self) -> int:
+        return len(self._gates)
+
+    def detach(self) -> None:
+        """Take every gate away; the model is exactly what it was."""
+        self._undo.close()
+
+    def __repr__(self) -> str:
+        changed = [repr(gate) for gate in self if gate.state != "open"]
+        return f"<Gates: {len(self)} blocks, {', '.join(changed) or 'all open'}>"
+
+
+def _check_free(blocks: Blocks, modules: dict[str, nn.Module], holder: str) -> None:
+    """Raise if another training method already holds one of the blocks."""
+    taken = {
+        f"{block.name!r} already has a {gate.holder}"
+        for block in blocks
+        for name in block.modules
+        if name in modules and PORT in modules[name].__dict__
+        for gate in modules[name].__dict__[PORT].gates
+        if gate.holder != "gates"
+    }
+    check_all(sorted(taken), f"Cannot attach {holder} (detach the other method first)", AttachError)
+
+
+@contextmanager
+def gates(model: nn.Module, blocks: Which) -> Iterator[Gates]:
+    """Attach one open gate per block for the length of a ``with`` statement.
+
+    >>> with resect.gates(model, blocks) as g:
+    ...     g["layer3.4"].close(); g["layer2.1"].scale(0.5)
+    ...     output = model(x)
+
+    On leaving, also by an exception, the model is exactly what it was. Lesions stack on training methods:
+    a closed gate wins.
+    """
+    handle = Gates(model, blocks)
+    try:
+        yield handle
+    finally:
+        handle.detach()
+
+
+@contextmanager
+def closed(model: nn.Module, blocks: Which) -> Iterator[Gates]:
+    """Run the model without these blocks for the length of a ``with`` statement.
+
+    The branches are not computed, their gradients stay None and their buffers stand still.
+
+    >>> with resect.closed(model, blocks[3:5]):
+    ...     output = model(x)
+    """
+    with gates(model, blocks) as handle:
+        for gate in handle:
+            gate.close()
+        yield handle
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raise ``InputError`` unless ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        span = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise InputError(f"{name} must be a number {span}, but is {value!r}.")

@@ -1,0 +1,74 @@
+"""The operations of one run as a graph: who serves whom."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from resect.blocks.trace import Trace
+
+
+class Graph:
+    """A trace with what the search needs: liveness, ancestors (as bit sets), dependence on the input."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes = trace.nodes
+        self.live = self._live()
+        self.ancestors: list[int] = []
+        self.dependent: list[bool] = []
+        for node in self.nodes:
+            bits = 0
+            for source in node.inputs:
+                bits |= self.ancestors[source] | (1 << source)
+            self.ancestors.append(bits)
+            self.dependent.append(node.is_input or any(self.dependent[source] for source in node.inputs))
+
+    def _live(self) -> list[bool]:
+        live = [False] * len(self.nodes)
+        for node in reversed(self.nodes):
+            live[node.index] = node.index in self.trace.outputs or any(live[user] for user in node.users)
+        return live
+
+    def users(self, node: int) -> list[int]:
+        """Return the operations that use a value, and matter for the output."""
+        return [user for user in self.nodes[node].users if self.live[user]]
+
+    def descends(self, node: int, ancestor: int) -> bool:
+        """Whether ``ancestor`` went into ``node``."""
+        return bool(self.ancestors[node] >> ancestor & 1)
+
+    def exclusive(self, term: int, addition: int) -> frozenset[int]:
+        """Return the operations that serve only this term of this addition; empty if it is used elsewhere."""
+        inside: set[int] = set()
+        seen = {term}
+        waiting = [-term]
+        while waiting:
+            # Later nodes first: all users of a node have been decided when its turn comes.
+            node = -heapq.heappop(waiting)
+            if node in self.trace.outputs or not self.nodes[node].op:
+                continue
+            if all(user in inside or (node == term and user == addition) for user in self.users(node)):
+                inside.add(node)
+                for source in set(self.nodes[node].inputs) - seen:
+                    seen.add(source)
+                    heapq.heappush(waiting, -source)
+        return frozenset(inside)
+
+    def forks(self, inside: frozenset[int]) -> set[int]:
+        """Return the input-dependent values that enter a set of operations from outside."""
+        sources = {source for node in inside for source in self.nodes[node].inputs}
+        return {source for source in sources - inside if self.dependent[source]}
+
+    def count(self, inside: Iterable[int], ops: tuple[str, ...]) -> int:
+        """Return how many of these operations are among ``ops``."""
+        return sum(self.nodes[node].op.removeprefix("aten::") in ops for node in inside)
+
+    def parameters(self, inside: Iterable[int]) -> set[str]:
+        """Return the names of the parameters that these operations use."""
+        names = {self.nodes[source].parameter for node in inside for source in self.nodes[node].inputs}
+        return {name for name in names if name is not None}
+
+    def parameters_users(self, name: str) -> set[int]:
+        """Return the operations that use a parameter."""
+        return {user for node in self.nodes if node.parameter == name for user in self.users(node.index)}

@@ -1,0 +1,226 @@
+"""Run a model once and record its operations and module calls.
+
+Operations are seen below autograd, as they are executed, so any Python control flow is fine. A value is
+known by the node that last wrote it: in-place operations and views are followed through their storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from resect.blocks.absent import template_of
+from resect.blocks.example import Example, device_of
+
+ADDITIONS = frozenset({"aten::add", "aten::add_"})
+
+
+@dataclass
+class Node:
+    """One executed operation, or (``op == ""``) a tensor that was there before: input, parameter, buffer."""
+
+    index: int
+    op: str
+    inputs: tuple[int, ...]
+    call: int
+    users: list[int] = field(default_factory=list)
+    parameter: str | None = None
+    is_input: bool = False
+    # For an addition of two tensors only:
+    operands: tuple[int, int] | None = None
+    largest: tuple[float, float] = (0.0, 0.0)
+    """max|·| of the two operands."""
+    number: int = -1
+    """How many additions of tensors ran before it."""
+    written_later: bool = False
+    """Its result is later changed in place."""
+
+
+@dataclass
+class Call:
+    """One call of one module; ``nodes`` are the operations it ran itself, outside its children."""
+
+    index: int
+    name: str
+    module: nn.Module
+    parent: int
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    output: Any = None
+    """A template of the output (see ``absent_like``), or the ``TypeError`` that says why there is none."""
+    finished: int = -1
+    """How many calls had returned before it."""
+    nodes: list[int] = field(default_factory=list)
+    children: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """Everything one run did; node numbers are in the order of execution."""
+
+    nodes: list[Node]
+    calls: list[Call]
+    outputs: frozenset[int]
+    """Nodes of the model's outputs."""
+
+
+def is_addition(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation adds two tensors: what the trace numbers and the oracle looks for."""
+    return (
+        func._schema.name in ADDITIONS
+        and len(args) == 2
+        and all(isinstance(arg, Tensor) for arg in args)
+        and kwargs.get("alpha", 1) == 1
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Record each operation, and keep every tensor alive so that no id is used twice."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+        self._stack: list[int] = []
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._returned = 0
+        self._additions = 0
+        self._alive: list[Tensor] = []
+        self._of_tensor: dict[int, int] = {}
+        self._last_write: dict[int, int] = {}
+        self._sums_in: dict[int, list[int]] = {}
+        for name, parameter in model.named_parameters():
+            self.nodes[self._node_of(parameter)].parameter = name
+        for tensor in example.tensors():
+            self.nodes[self._node_of(tensor)].is_input = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = self.nodes_in((args, kwargs))
+        addition = is_addition(func, args, kwargs)
+        operands = tuple(self._node_of(arg) for arg in args) if addition else None
+        largest = tuple(map(_largest, args)) if addition else (0.0, 0.0)
+        output = func(*args, **kwargs)
+
+        node = self._add(func._schema.name, inputs)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, Tensor):
+                self._write(value, node)
+        for tensor in _tensors(output):
+            self._remember(tensor, node.index)
+        if addition:
+            node.operands, node.largest, node.number = operands, largest, self._additions  # type: ignore[assignment]
+            self._additions += 1
+            self._sums_in.setdefault(_storage(output), []).append(node.index)
+        return output
+
+    def _add(self, op: str, inputs: tuple[int, ...]) -> Node:
+        node = Node(len(self.nodes), op, inputs, self._stack[-1] if self._stack else -1)
+        self.nodes.append(node)
+        for source in inputs:
+            self.nodes[source].users.append(node.index)
+        if self._stack and op:
+            self.calls[self._stack[-1]].nodes.append(node.index)
+        return node
+
+    def _write(self, tensor: Tensor, node: Node) -> None:
+        storage = _storage(tensor)
+        self._last_write[storage] = node.index
+        for earlier in self._sums_in.get(storage, ()):
+            self.nodes[earlier].written_later = True
+
+    def _remember(self, tensor: Tensor, node: int) -> None:
+        self._of_tensor[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _node_of(self, tensor: Tensor) -> int:
+        known = self._of_tensor.get(id(tensor))
+        if known is None:
+            known = self._add("", ()).index
+            self._remember(tensor, known)
+        return max(known, self._last_write.get(_storage(tensor), -1))
+
+    def nodes_in(self, value: Any) -> tuple[int, ...]:
+        """Return the nodes of every tensor inside a value, each once."""
+        return tuple(dict.fromkeys(self._node_of(tensor) for tensor in _tensors(value)))
+
+    def run_module(self, run: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Stand in for ``nn.Module.__call__``: record the call around ``run``, the original one."""
+        parent = self._stack[-1] if self._stack else -1
+        call = Call(len(self.calls), self._names.get(id(module), "?"), module, parent)
+        self.calls.append(call)
+        if parent >= 0:
+            self.calls[parent].children.append(call.index)
+        call.inputs = self.nodes_in((args, kwargs))
+        self._stack.append(call.index)
+        try:
+            output = run(module, *args, **kwargs)
+        finally:
+            self._stack.pop()
+        call.outputs = self.nodes_in(output)
+        call.finished, self._returned = self._returned, self._returned + 1
+        try:
+            call.output = template_of(output)
+        except TypeError as error:
+            call.output = error
+        return output
+
+
+def trace(model: nn.Module, example: Example) -> Trace:
+    """Run ``model`` on ``example`` and record every operation and module call; call it inside ``quiet``."""
+    example = example.to(device_of(model))
+    recorder = _Recorder(model, example)
+    original = nn.Module.__call__
+
+    def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.run_module(original, module, args, kwargs)
+
+    nn.Module.__call__ = recorded  # type: ignore[method-assign]
+    try:
+        with recorder:
+            output = model(*example.args, **example.kwargs)
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+    return Trace(recorder.nodes, recorder.calls, frozenset(recorder.nodes_in(output)))
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, a fixed seed, the attention fast path off; all restored afterwards."""
+    training = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    # The fast path computes a whole layer in one operation, in which no branch can be seen.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return -id(tensor)
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel() or tensor.is_meta or not tensor.is_floating_point():
+        return 0.0
+    return float(tensor.abs().amax())

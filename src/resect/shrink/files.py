@@ -1,0 +1,124 @@
+"""Save a cut model as safetensors and a plan; load it into a freshly built uncut model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from resect import __version__
+from resect.blocks.plan import Plan
+from resect.errors import FileError, InputError, ResectError, check_all
+from resect.files import whole_folder
+from resect.shrink.remove import check_detached, take_out
+
+WEIGHTS = "model.safetensors"
+PLAN = "plan.json"
+
+
+def save(small: nn.Module, path: str | Path) -> None:
+    """Write a cut model to a folder: ``model.safetensors`` and ``plan.json``.
+
+    The folder appears whole or not at all; an earlier one at the same place is replaced only then.
+
+    Raises
+    ------
+    InputError: the model was not cut by ``remove``.
+    FileError: the disk is full, or the place holds something else.
+    """
+    plan = getattr(small, "resect_plan", None)
+    if not isinstance(plan, Plan):
+        raise InputError(
+            "resect.save writes models cut by resect.remove, and this one was not. "
+            "Save an uncut model with safetensors.torch.save_model."
+        )
+    check_detached(small)
+    with whole_folder(Path(path)) as folder:
+        save_model(small, str(folder / WEIGHTS))
+        files = {WEIGHTS: _sha256(folder / WEIGHTS)}
+        document = {**plan.to_json(), "resect": __version__, "files": files}
+        (folder / PLAN).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Load a cut model; no trace and no data are needed.
+
+    Parameters
+    ----------
+    path: the folder that ``save`` wrote.
+    model: the uncut model, freshly built, with any weights; left alone.
+
+    Returns
+    -------
+    The cut model, with the saved weights, on the device of ``model`` and in its mode.
+
+    Raises
+    ------
+    FileError: the folder is missing, incomplete, damaged (its hash differs) or not written by Resect.
+    InputError: ``model`` is not the architecture that was cut; every difference is listed.
+    """
+    folder = Path(path)
+    plan, hashes = _read_plan(folder)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise FileError(f"{str(folder)!r} has no {WEIGHTS}.")
+    if _sha256(file) != hashes.get(WEIGHTS):
+        raise FileError(f"{str(file)!r} is damaged: its SHA-256 is not the one in {PLAN}. Copy the folder again.")
+    try:
+        tensors = load_file(str(file))
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{str(file)!r} cannot be read: {error}") from error
+
+    check_detached(model)
+    modules = dict(model.named_modules())
+    weights = dict(model.named_parameters())
+    missing = [f"no module {name!r}" for block in plan.blocks for name in block.modules if name not in modules]
+    missing += [f"no parameter {name!r}" for b in plan.blocks for name in b.raw_parameters if name not in weights]
+    check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
+    small = copy.deepcopy(model)
+    take_out(small, plan.blocks)
+    _check_fits(small, tensors, plan)
+    # Tied tensors are stored once: strict=False after the check above, which knows about ties.
+    small.load_state_dict(tensors, strict=False)
+    small.resect_plan = plan  # type: ignore[assignment]
+    return small
+
+
+def _read_plan(folder: Path) -> tuple[Plan, dict[str, str]]:
+    if not (folder / PLAN).is_file():
+        raise FileError(f"{str(folder)!r} is not a model saved by resect.save: it has no {PLAN}.")
+    try:
+        document = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return Plan.from_json(document), dict(document.get("files", {}))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ResectError) as error:
+        raise FileError(f"Cannot read {str(folder / PLAN)!r}: {error}") from error
+
+
+def _check_fits(small: nn.Module, tensors: dict[str, Any], plan: Plan) -> None:
+    own = small.state_dict()
+    stored = {id(own[key]): key for key in tensors if key in own}
+    # ``state_dict`` gives a new tensor object per key; ties show in the storage they share.
+    pointers = {own[key].data_ptr() for key in stored.values()}
+    problems = [f"the file has {key!r}, the model does not" for key in tensors if key not in own]
+    problems += [
+        f"the model has {key!r}, the file does not"
+        for key, value in own.items()
+        if key not in tensors and (value.data_ptr() not in pointers or not value.numel())
+    ]
+    problems += [
+        f"{key!r} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in tensors
+        if key in own and tensors[key].shape != own[key].shape
+    ]
+    check_all(problems, f"This {type(small).__name__} is not the {plan.model} that was cut", InputError)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""TRAIN: methods that attach to a model; the loop stays the user's own."""

@@ -1,0 +1,208 @@
+"""ε-ResNet: a branch whose every response is at most ε contributes nothing, and withers.
+
+Yu, Yu, Ramalingam, "Learning Strict Identity Mappings in Deep Residual Networks", CVPR 2018, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resect.blocks.gate import Gates, Which, check_number
+from resect.blocks.plan import Plan
+from resect.errors import AttachError, InputError, unknown
+from resect.train.method import Method, is_recomputing, on_device_of
+
+
+def epsilon_gate(branch: Tensor, epsilon: float) -> Tensor:
+    """Return ``branch``, or zeros if every ``|element| <= epsilon``.
+
+    One decision for the whole tensor (the paper's per-device batch). Open, value and gradient are those
+    without the gate. Muted, the value is 0 and the gradients are zeros, not None: weight decay and
+    momentum go on acting, which makes the branch wither. ``epsilon = 0`` is no gate at all. A NaN counts
+    as open, so that a diverged branch stays visible.
+
+    Equal, in value and gradient, to the paper's ``f·(1 − relu(1 − K·relu(1 − K·s)))`` of four ReLUs with
+    ``s = max(relu(f − ε) + relu(−f − ε))``, except on its ramp of width 1/K (about 1e-6).
+    """
+    if epsilon == 0:
+        return branch
+    return torch.where(is_muted(branch, epsilon), torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+
+
+def is_muted(branch: Tensor, epsilon: float) -> Tensor:
+    """Return whether ``max|branch| <= epsilon``, as a boolean tensor () on the branch's device."""
+    return largest_response(branch) <= epsilon
+
+
+def largest_response(branch: Tensor) -> Tensor:
+    """Return ``max|branch|`` as a tensor (); NaN if any element is NaN."""
+    low, high = torch.aminmax(branch.detach())
+    return torch.maximum(high, -low)
+
+
+class EpsilonGate(Method):
+    """Mute each branch while its largest response over the batch is at most ``epsilon``; see ``epsilon_gate``.
+
+    The gate acts in training and in eval mode, as in the authors' code, so its decision depends on the
+    batch. ``finalize()`` turns the blocks that stayed muted into a ``Plan``.
+
+    Parameters
+    ----------
+    model, blocks: the model and its blocks (``find_blocks``), all with a usable branch end.
+    epsilon: threshold on max|f|; at least 0, where 0 changes nothing. The paper uses 2.5 on CIFAR
+        (pre-activation ResNets, SGD with weight decay 2e-4), 1.8–2.1 on ImageNet.
+    optimizer: if given, a forgotten ``begin_step()`` is noticed.
+    muted_at_start: ``"raise"`` refuses a model some of whose branches are muted before training starts
+        (zero-initialised ones would stay muted for ever); ``"allow"`` is for a trained model.
+
+    Raises
+    ------
+    AttachError: at ``attach()``, with the remedy, when branches start muted (compared with ``max|f|`` on
+        the example that ``find_blocks`` saw), or when another method holds a block.
+    InputError: ``epsilon`` is negative, or a block has no usable branch end.
+
+    >>> method = resect.EpsilonGate(model, blocks, epsilon=2.5, optimizer=optimizer)
+    >>> with method:
+    ...     for x, y in loader:
+    ...         method.begin_step()
+    ...         loss_fn(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
+    >>> plan = method.finalize(steps=200)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Which,
+        *,
+        epsilon: float = 2.5,
+        optimizer: Optimizer | None = None,
+        muted_at_start: Literal["raise", "allow"] = "raise",
+    ) -> None:
+        check_number("epsilon", epsilon, 0)
+        if muted_at_start not in ("raise", "allow"):
+            raise unknown("muted_at_start", muted_at_start, ("raise", "allow"))
+        super().__init__(model, blocks, optimizer)
+        unusable = [block for block in self.blocks if not block.scalable]
+        if unusable:
+            raise InputError(
+                f"{self.name} cannot act on {unusable[0].name!r} ({unusable[0].reason}). Leave out such blocks: "
+                "blocks.select(b for b in blocks if b.scalable)."
+            )
+        self.epsilon = float(epsilon)
+        self.muted_at_start = muted_at_start
+        count = len(self.blocks)
+        # One row per block, on the model's device, so that a step never waits for a copy to the host.
+        self._muted_now = on_device_of(model, torch.zeros(count, dtype=torch.bool))
+        self._seen = on_device_of(model, torch.zeros(count, dtype=torch.bool))
+        self._run = on_device_of(model, torch.zeros(count, dtype=torch.long))
+        self._largest = on_device_of(model, torch.zeros(count))
+
+    def _arm(self, gates: Gates) -> None:
+        if self.epsilon and self.muted_at_start == "raise" and not self.steps:
+            self._check_start()
+        for place, gate in enumerate(gates):
+            assert gate.block.end is not None
+            gate.apply(_Act(self, place, self.model.get_submodule(gate.block.end)))
+
+    def _check_start(self) -> None:
+        muted = [block for block in self.blocks if block.response <= self.epsilon]
+        if not muted:
+            return
+        zero = sum(block.response < 1e-5 for block in muted)
+        cause = (
+            f"{zero} of them are zero-initialised: build the model without that (timm: zero_init_last=False), or train "
+            "it without the gate first and find the blocks again. "
+            if zero
+            else f"Use epsilon < {min(block.response for block in muted):.3g}, or a real training batch as the "
+            "example of find_blocks (max|f| is measured there). "
+        )
+        raise AttachError(
+            f"{len(muted)} of {len(self.blocks)} branches would start muted at epsilon = {self.epsilon:g} and, without "
+            f"gradient, never learn: {muted[0].name!r} has max|f| = {muted[0].response:.3g}. {cause}"
+            "For a net that is trained already, pass muted_at_start='allow'."
+        )
+
+    def _on_step(self) -> None:
+        self._close_step()
+
+    def _close_step(self) -> None:
+        """Count the step that is over: a block was muted in it if it was in all of its micro-batches."""
+        self._run = torch.where(self._seen, torch.where(self._muted_now, self._run + 1, 0), self._run)
+        self._seen.zero_()
+
+    def note(self, place: int, muted: Tensor, largest: Tensor) -> None:
+        """Take down what the gate of one block decided on one training batch."""
+        self._muted_now[place] = muted & (self._muted_now[place] | ~self._seen[place])
+        self._largest[place] = torch.where(self._seen[place], torch.maximum(self._largest[place], largest), largest)
+        self._seen[place] = True
+
+    def muted_steps(self) -> dict[str, int]:
+        """Return per block for how many training steps, up to the last one, it has been muted without a break."""
+        self._close_step()
+        return dict(zip(self.blocks.names, self._run.tolist(), strict=True))
+
+    def responses(self) -> dict[str, float]:
+        """Return per block the largest |f| in the latest training step."""
+        return dict(zip(self.blocks.names, self._largest.tolist(), strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``muted``: how many blocks were muted in the latest step."""
+        return {"muted": float(sum(run > 0 for run in self.muted_steps().values()))}
+
+    def finalize(self, steps: int) -> Plan:
+        """Return the plan to remove every block that was muted in each of the last ``steps`` training steps.
+
+        The published rule (compressModel.py): a block goes only if it was never open in that time.
+        """
+        check_number("steps", steps, 1)
+        if steps > self.steps:
+            raise InputError(f"finalize(steps={steps}) asks for more steps than were trained ({self.steps}).")
+        runs = self.muted_steps()
+        gone = [block for block in self.blocks if runs[block.name] >= steps]
+        evidence: dict[str, Any] = {
+            "epsilon": self.epsilon,
+            "steps_required": steps,
+            "muted_steps": runs,
+            "largest_response": self.responses(),
+        }
+        return Plan(tuple(gone), by="muted", evidence=evidence, model=type(self.model).__name__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters of the muted blocks."""
+        self._close_step()
+        return super().state_dict() | {"run": self._run.clone(), "largest": self._largest.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from ``state``; raises ``InputError`` if it is of another number of blocks."""
+        if len(state["run"]) != len(self.blocks):
+            raise InputError(f"This state is of {len(state['run'])} blocks, the method has {len(self.blocks)}.")
+        super().load_state_dict(state)
+        self._run.copy_(state["run"])
+        self._largest.copy_(state["largest"])
+
+
+class _Act:
+    """The gate function of one block: a class, so that a model with it can be copied and pickled."""
+
+    def __init__(self, method: EpsilonGate, place: int, end: nn.Module) -> None:
+        self.method: EpsilonGate | None = method
+        self.place = place
+        self.epsilon = method.epsilon
+        self.end: nn.Module | None = end
+
+    def __call__(self, branch: Tensor) -> Tensor:
+        if not self.epsilon:
+            return branch
+        largest = largest_response(branch)
+        muted = largest <= self.epsilon
+        if self.method is not None and self.end is not None and self.end.training and not is_recomputing():
+            self.method.note(self.place, muted, largest)
+        return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model keeps its gates, but reports to no method: that stays with the original.
+        return {"method": None, "place": self.place, "epsilon": self.epsilon, "end": None}
