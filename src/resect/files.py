@@ -1,7 +1,9 @@
-"""Write files and folders so that they appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and tensors that are checked when they are read."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,12 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 from resect.errors import FileError
+
+# What the place to write to can be blamed for; any other OSError comes from the work itself.
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step; on any failure the old file stays as it was."""
-    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step; on any failure the old file stays as it was."""
+    write_with(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
@@ -22,45 +36,87 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises ``FileError`` when the disk is full or the place cannot be written; nothing is left behind.
     """
+    _make_parent(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise FileError(
-            f"Cannot write {str(path)!r}: {error.strerror or error}. The old file, if any, is unchanged."
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, marker: str = "plan.json") -> Iterator[Path]:
     """Give a temporary folder to fill; it takes the place of ``path`` only if the body succeeds.
 
-    Only a folder that is empty or was written by Resect before (it holds ``plan.json``) is replaced.
+    Only a folder that is empty, or was written this way before (it holds ``marker``), is replaced.
     """
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / "plan.json").exists())):
-        raise FileError(
-            f"{str(path)!r} exists and was not written by Resect; choose another place, or remove it first."
-        )
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).exists())):
+        raise FileError(f"{str(path)!r} exists and was not written by Resect; choose another place or remove it first.")
+    _make_parent(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise FileError(f"Cannot write {str(path)!r}: {error.strerror or error}.") from error
+        raise _not_written(path, error) from error
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = temporary.with_suffix(".old")
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise FileError(
-            f"Cannot write {str(path)!r}: {error.strerror or error}. What was there is unchanged."
-        ) from error
+        if error.errno in _DISK:
+            raise _not_written(path, error) from error
+        raise
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file whose SHA-256 is known.
+
+    Raises ``FileError`` if the file is missing, truncated, or not the one that was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"Cannot read {str(path)!r}: {error.strerror or error}.") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise FileError(f"{str(path)!r} is damaged: its SHA-256 is not the recorded one. Copy or make it again.")
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise FileError(f"{str(path)!r} is not a safetensors file: {error}.") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # something in the way is a file
+        raise FileError(f"Cannot write {str(path)!r}: {str(path.parent)!r} is not a folder.") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that a power cut cannot leave a renamed but empty one."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _not_written(path: Path, error: OSError) -> FileError:
+    return FileError(f"Cannot write {str(path)!r}: {error.strerror or error}. What was there before is unchanged.")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from resect.blocks.block import Blocks
 from resect.blocks.example import forward_batch
+from resect.blocks.modes import kept_modes
 from resect.errors import InputError
 
 LossFn = Callable[[Any, Tensor], Tensor]
@@ -56,19 +57,16 @@ def loss_and_place(
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Eval mode with gradients; the math attention kernel, since the fused ones cannot be vectorised."""
-    training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     # Frozen weights would cut the graph between the loss and the place asked for.
     for parameter in wanted:
         if parameter.is_floating_point():
             parameter.requires_grad_()
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with kept_modes(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            model.eval()
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for parameter, needs in wanted.items():
             parameter.requires_grad_(needs)
 

@@ -48,8 +48,6 @@ class ResidualBlock:
     """Parameters that the branch uses outside its modules (a raw layer scale); they go with it."""
     parameters: int
     """Number of weights that only this branch uses."""
-    response: float
-    """max|f| over the example when the block was found: what an epsilon gate compares with."""
     reason: str = ""
     """Why the block cannot be scaled, where it cannot."""
 

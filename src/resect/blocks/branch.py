@@ -91,7 +91,6 @@ def _candidate(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> C
         inner_adds=_inner_adds(graph, term, calls),
         raw_parameters=raw,
         parameters=sum(sizes[name] for name in sizes if name in raw or name.startswith(inside)),
-        response=addition.largest[term.operand],
         reason=reason,
     )
     return Candidate(block, addition.number, term.operand)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, device_of, forward_batch, to_device
 from resect.blocks.gate import gates
+from resect.blocks.modes import kept_modes
 from resect.errors import BlocksError, InputError, unknown
 
 Metric = Callable[[Any, Any], Tensor]
@@ -64,21 +64,8 @@ def metric_named(metric: str | Metric) -> Metric:
     return METRICS[metric]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is restored, also after an exception."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def mean_metric(model: nn.Module, data: Iterable[Any], metric: Metric, forward: Forward = forward_batch) -> float:
-    """Return the mean of a metric over every sample of the data; call it inside ``evaluating``.
+    """Return the mean of a metric over every sample of the data; in eval mode, without gradients.
 
     Raises ``InputError`` for data without samples and for a metric that is not finite.
     """
@@ -119,7 +106,8 @@ def measure_closed(
             "The data is an iterator that runs dry after one pass. Pass list(data), or the DataLoader itself."
         )
     values = []
-    with evaluating(model), gates(model, blocks) as handle:
+    with kept_modes(model), torch.no_grad(), gates(model, blocks) as handle:
+        model.eval()
         whole = mean_metric(model, data, measure, forward)
         for done, subset in enumerate(subsets, start=1):
             for name in subset:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from resect.blocks.absent import template_of
 from resect.blocks.example import Example, device_of
+from resect.blocks.modes import kept_modes
 
 ADDITIONS = frozenset({"aten::add", "aten::add_"})
 
@@ -35,8 +36,6 @@ class Node:
     is_input: bool = False
     # For an addition of two tensors only:
     operands: tuple[int, int] | None = None
-    largest: tuple[float, float] = (0.0, 0.0)
-    """max|·| of the two operands."""
     number: int = -1
     """How many additions of tensors ran before it."""
     written_later: bool = False
@@ -106,7 +105,6 @@ class _Recorder(TorchDispatchMode):
         inputs = self.nodes_in((args, kwargs))
         addition = is_addition(func, args, kwargs)
         operands = tuple(self._node_of(arg) for arg in args) if addition else None
-        largest = tuple(map(_largest, args)) if addition else (0.0, 0.0)
         output = func(*args, **kwargs)
 
         node = self._add(func._schema.name, inputs)
@@ -116,7 +114,7 @@ class _Recorder(TorchDispatchMode):
         for tensor in _tensors(output):
             self._remember(tensor, node.index)
         if addition:
-            node.operands, node.largest, node.number = operands, largest, self._additions  # type: ignore[assignment]
+            node.operands, node.number = operands, self._additions  # type: ignore[assignment]
             self._additions += 1
             self._sums_in.setdefault(_storage(output), []).append(node.index)
         return output
@@ -194,19 +192,16 @@ def trace(model: nn.Module, example: Example) -> Trace:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, a fixed seed, the attention fast path off; all restored afterwards."""
-    training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     # The fast path computes a whole layer in one operation, in which no branch can be seen.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+            model.eval()
             torch.manual_seed(0)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -218,9 +213,3 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none
         return -id(tensor)
-
-
-def _largest(tensor: Tensor) -> float:
-    if not tensor.numel() or tensor.is_meta or not tensor.is_floating_point():
-        return 0.0
-    return float(tensor.abs().amax())

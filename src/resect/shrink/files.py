@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from torch import nn
 
 from resect import __version__
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, ResectError, check_all
-from resect.files import whole_folder
+from resect.files import read_tensors, sha256_of, whole_folder
 from resect.shrink.remove import check_detached, take_out
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
 
 
-def save(small: nn.Module, path: str | Path) -> None:
+def save(small: nn.Module, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
     """Write a cut model to a folder: ``model.safetensors`` and ``plan.json``.
 
     The folder appears whole or not at all; an earlier one at the same place is replaced only then.
+    ``extra`` are text files that go with it: ``{name: text}``.
 
     Raises
     ------
@@ -41,9 +41,11 @@ def save(small: nn.Module, path: str | Path) -> None:
     check_detached(small)
     with whole_folder(Path(path)) as folder:
         save_model(small, str(folder / WEIGHTS))
-        files = {WEIGHTS: _sha256(folder / WEIGHTS)}
+        files = {WEIGHTS: sha256_of(folder / WEIGHTS)}
         document = {**plan.to_json(), "resect": __version__, "files": files}
         (folder / PLAN).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -65,16 +67,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """
     folder = Path(path)
     plan, hashes = _read_plan(folder)
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise FileError(f"{str(folder)!r} has no {WEIGHTS}.")
-    if _sha256(file) != hashes.get(WEIGHTS):
-        raise FileError(f"{str(file)!r} is damaged: its SHA-256 is not the one in {PLAN}. Copy the folder again.")
-    try:
-        tensors = load_file(str(file))
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{str(file)!r} cannot be read: {error}") from error
-
+    tensors = read_tensors(folder / WEIGHTS, hashes.get(WEIGHTS, ""))
     check_detached(model)
     modules = dict(model.named_modules())
     weights = dict(model.named_parameters())
@@ -102,14 +95,13 @@ def _read_plan(folder: Path) -> tuple[Plan, dict[str, str]]:
 
 def _check_fits(small: nn.Module, tensors: dict[str, Any], plan: Plan) -> None:
     own = small.state_dict()
-    stored = {id(own[key]): key for key in tensors if key in own}
-    # ``state_dict`` gives a new tensor object per key; ties show in the storage they share.
-    pointers = {own[key].data_ptr() for key in stored.values()}
+    # Tied tensors are stored under one of their names; the others share its storage in the model.
+    stored = {own[key].data_ptr() for key in tensors if key in own}
     problems = [f"the file has {key!r}, the model does not" for key in tensors if key not in own]
     problems += [
         f"the model has {key!r}, the file does not"
         for key, value in own.items()
-        if key not in tensors and (value.data_ptr() not in pointers or not value.numel())
+        if key not in tensors and (value.data_ptr() not in stored or not value.numel())
     ]
     problems += [
         f"{key!r} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the model"
@@ -117,8 +109,3 @@ def _check_fits(small: nn.Module, tensors: dict[str, Any], plan: Plan) -> None:
         if key in own and tensors[key].shape != own[key].shape
     ]
     check_all(problems, f"This {type(small).__name__} is not the {plan.model} that was cut", InputError)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

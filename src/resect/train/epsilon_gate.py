@@ -5,14 +5,18 @@ Yu, Yu, Ramalingam, "Learning Strict Identity Mappings in Deep Residual Networks
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resect.blocks.example import Example
 from resect.blocks.gate import Gates, Which, check_number
+from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
+from resect.blocks.response import largest_response, watch
 from resect.errors import AttachError, InputError, unknown
 from resect.train.method import Method, is_recomputing, on_device_of
 
@@ -38,12 +42,6 @@ def is_muted(branch: Tensor, epsilon: float) -> Tensor:
     return largest_response(branch) <= epsilon
 
 
-def largest_response(branch: Tensor) -> Tensor:
-    """Return ``max|branch|`` as a tensor (); NaN if any element is NaN."""
-    low, high = torch.aminmax(branch.detach())
-    return torch.maximum(high, -low)
-
-
 class EpsilonGate(Method):
     """Mute each branch while its largest response over the batch is at most ``epsilon``; see ``epsilon_gate``.
 
@@ -55,14 +53,18 @@ class EpsilonGate(Method):
     model, blocks: the model and its blocks (``find_blocks``), all with a usable branch end.
     epsilon: threshold on max|f|; at least 0, where 0 changes nothing. The paper uses 2.5 on CIFAR
         (pre-activation ResNets, SGD with weight decay 2e-4), 1.8–2.1 on ImageNet.
+    skip_muted_after: close a block for good once it was muted in this many steps running: its branch is
+        not computed any more, so that training gets faster as the net gets shallower, and a block that
+        hovers around ε is settled. None (the paper): every block can reopen at any time.
     optimizer: if given, a forgotten ``begin_step()`` is noticed.
     muted_at_start: ``"raise"`` refuses a model some of whose branches are muted before training starts
         (zero-initialised ones would stay muted for ever); ``"allow"`` is for a trained model.
 
     Raises
     ------
-    AttachError: at ``attach()``, with the remedy, when branches start muted (compared with ``max|f|`` on
-        the example that ``find_blocks`` saw), or when another method holds a block.
+    AttachError: at ``attach()``, with the remedy, when branches start muted beyond chance (``max|f|`` at
+        most half of ``epsilon`` on the example of the blocks, in train mode; between half and the whole,
+        a warning), or when another method holds a block.
     InputError: ``epsilon`` is negative, or a block has no usable branch end.
 
     >>> method = resect.EpsilonGate(model, blocks, epsilon=2.5, optimizer=optimizer)
@@ -79,10 +81,13 @@ class EpsilonGate(Method):
         blocks: Which,
         *,
         epsilon: float = 2.5,
+        skip_muted_after: int | None = None,
         optimizer: Optimizer | None = None,
         muted_at_start: Literal["raise", "allow"] = "raise",
     ) -> None:
         check_number("epsilon", epsilon, 0)
+        if skip_muted_after is not None:
+            check_number("skip_muted_after", skip_muted_after, 1)
         if muted_at_start not in ("raise", "allow"):
             raise unknown("muted_at_start", muted_at_start, ("raise", "allow"))
         super().__init__(model, blocks, optimizer)
@@ -93,44 +98,68 @@ class EpsilonGate(Method):
                 "blocks.select(b for b in blocks if b.scalable)."
             )
         self.epsilon = float(epsilon)
+        self.skip_muted_after = skip_muted_after
         self.muted_at_start = muted_at_start
         count = len(self.blocks)
         # One row per block, on the model's device, so that a step never waits for a copy to the host.
+        self._counted_steps = 0
         self._muted_now = on_device_of(model, torch.zeros(count, dtype=torch.bool))
         self._seen = on_device_of(model, torch.zeros(count, dtype=torch.bool))
         self._run = on_device_of(model, torch.zeros(count, dtype=torch.long))
         self._largest = on_device_of(model, torch.zeros(count))
 
     def _arm(self, gates: Gates) -> None:
-        if self.epsilon and self.muted_at_start == "raise" and not self.steps:
-            self._check_start()
+        if self.epsilon and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
+            self._check_start(gates, self.blocks.example)
         for place, gate in enumerate(gates):
             assert gate.block.end is not None
             gate.apply(_Act(self, place, self.model.get_submodule(gate.block.end)))
+        self._skip(gates)
 
-    def _check_start(self) -> None:
-        muted = [block for block in self.blocks if block.response <= self.epsilon]
-        if not muted:
-            return
-        zero = sum(block.response < 1e-5 for block in muted)
-        cause = (
-            f"{zero} of them are zero-initialised: build the model without that (timm: zero_init_last=False), or train "
-            "it without the gate first and find the blocks again. "
-            if zero
-            else f"Use epsilon < {min(block.response for block in muted):.3g}, or a real training batch as the "
-            "example of find_blocks (max|f| is measured there). "
-        )
-        raise AttachError(
-            f"{len(muted)} of {len(self.blocks)} branches would start muted at epsilon = {self.epsilon:g} and, without "
-            f"gradient, never learn: {muted[0].name!r} has max|f| = {muted[0].response:.3g}. {cause}"
-            "For a net that is trained already, pass muted_at_start='allow'."
-        )
+    def _skip(self, gates: Gates) -> None:
+        """Close the blocks that were muted for long enough."""
+        if self.skip_muted_after is not None:
+            for gate, run in zip(gates, self._run.tolist(), strict=True):
+                if run >= self.skip_muted_after and not gate.is_closed:
+                    gate.close()
+
+    def _check_start(self, gates: Gates, example: Example) -> None:
+        """Raise if a branch is so far below ε that no batch will open it; warn if one is just below."""
+        responses = measure_responses(self.model, gates, example)
+        muted = {name: value for name, value in responses.items() if value <= self.epsilon}
+        lost = {name: value for name, value in muted.items() if value <= self.epsilon / 2}
+        if lost:
+            name, value = min(lost.items(), key=lambda item: item[1])
+            cause = (
+                "It is zero-initialised: build the model without that (timm: zero_init_last=False), or train it "
+                "without the gate first."
+                if value < 1e-5
+                else f"Use epsilon below {value:.3g}, or find the blocks with a real training batch as the example."
+            )
+            raise AttachError(
+                f"{len(lost)} of {len(responses)} branches would start muted at epsilon = {self.epsilon:g} and, "
+                f"without gradient, never learn: {name!r} has max|f| = {value:.3g}. {cause} "
+                "For a net that is trained already, pass muted_at_start='allow'."
+            )
+        if muted:
+            warnings.warn(
+                f"{len(muted)} of {len(responses)} branches start just below epsilon = {self.epsilon:g} on the example "
+                f"(max|f| from {min(muted.values()):.3g}); whether a batch opens them is a matter of chance.",
+                stacklevel=5,
+            )
 
     def _on_step(self) -> None:
         self._close_step()
+        if self._gates is not None:
+            self._skip(self._gates)
 
     def _close_step(self) -> None:
         """Count the step that is over: a block was muted in it if it was in all of its micro-batches."""
+        if self.skip_muted_after is not None and self._counted_steps < self.steps:
+            # A closed block saw no batch; it counts as muted.
+            self._muted_now |= self._run >= self.skip_muted_after
+            self._seen |= self._run >= self.skip_muted_after
+        self._counted_steps = self.steps
         self._run = torch.where(self._seen, torch.where(self._muted_now, self._run + 1, 0), self._run)
         self._seen.zero_()
 
@@ -181,8 +210,33 @@ class EpsilonGate(Method):
         if len(state["run"]) != len(self.blocks):
             raise InputError(f"This state is of {len(state['run'])} blocks, the method has {len(self.blocks)}.")
         super().load_state_dict(state)
+        self._counted_steps = self.steps
         self._run.copy_(state["run"])
         self._largest.copy_(state["largest"])
+        if self._gates is not None:
+            self._skip(self._gates)
+
+
+def measure_responses(model: nn.Module, gates: Gates, example: Example) -> dict[str, float]:
+    """Return max|f| of every branch on an example, in train mode, as the first training step will see it.
+
+    Buffers, modes and random numbers are as before afterwards. An example too small for batch statistics
+    is run in eval mode.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    largest = watch(gates)
+    try:
+        with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+            try:
+                example.run(model.train())
+            except ValueError:  # batch norm: more than one value per channel, please
+                example.run(model.eval())
+    finally:
+        for gate in gates:
+            gate.open()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return largest
 
 
 class _Act:

@@ -1,0 +1,132 @@
+"""Train several nets at once: one process each, one thread each, progress told to the parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import resect
+from resect.blocks.plan import Plan
+from resect.lab import runs
+from resect.lab.data import load as load_data
+from resect.lab.data import mean_std, normalize
+from resect.lab.recipe import Recipe, parse
+from resect.lab.trainer import Progress, TrainResult, train
+
+Report = Callable[[str, int, int], None]
+"""``report(name of the job, steps done, steps in all)``"""
+
+PLAN_EPOCHS = 3
+"""A block goes if it was muted in every step of this many last epochs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: by ``recipe`` (JSON), into ``folder``; with ``plan``, of the net cut by it from the start."""
+
+    name: str
+    recipe: dict[str, Any]
+    folder: Path
+    plan: Path | None = None
+
+
+def run(job: Job, progress: Progress | None = None) -> TrainResult:
+    """Train one net; a gated one leaves ``plan.json``, the blocks it has made superfluous, in its folder."""
+    recipe = parse(job.recipe)
+    model = None
+    if job.plan is not None:
+        torch.manual_seed(recipe.train.seed)
+        model = cut_shape(recipe, Plan.load(job.plan))
+    result = train(recipe, job.folder, model=model, progress=progress)
+    write_plan(result, recipe)
+    return result
+
+
+def write_plan(result: TrainResult, recipe: Recipe) -> None:
+    """Write what a trained ε-gate found superfluous to ``plan.json`` in the run's folder."""
+    if isinstance(result.method, resect.EpsilonGate):
+        steps_per_epoch = result.method.steps // len(result.history)
+        steps = steps_per_epoch * min(PLAN_EPOCHS, len(result.history))
+        result.method.finalize(steps).save(result.folder / "plan.json")
+
+
+def cut_shape(recipe: Recipe, plan: Plan) -> nn.Module:
+    """Return the recipe's net with fresh weights and the plan's blocks taken out."""
+    data = load_data(recipe.data.name, **recipe.data.options)
+    model = runs.build_model(recipe, data)
+    example = normalize(data.train.images[:8], *mean_std(data.train))
+    return resect.remove(model, resect.find_blocks(model, example), plan.names)
+
+
+class Pool:
+    """Runs jobs, as many at a time as there are processors asked for; ``submit`` returns a future."""
+
+    def __init__(self, workers: int, report: Report) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._queue: SimpleQueue[Any] = context.SimpleQueue()
+        self._executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self._queue,))
+        self._listener = threading.Thread(target=self._listen, args=(report,), daemon=True)
+        self._listener.start()
+
+    def submit(self, job: Job) -> Future[None]:
+        """Start a job, or queue it."""
+        return self._executor.submit(_run_there, job)
+
+    def _listen(self, report: Report) -> None:
+        while (message := self._queue.get()) is not None:
+            report(*message)
+
+    def close(self, *, failed: bool) -> None:
+        """End the processes; at once when something has failed."""
+        if failed:
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=failed)
+        self._queue.put(None)
+        self._listener.join()
+
+
+@contextmanager
+def pool(workers: int, report: Report) -> Iterator[Pool]:
+    """Give a ``Pool`` whose processes end with the ``with`` statement, at once on an exception."""
+    running = Pool(workers, report)
+    threads = torch.get_num_threads()
+    # Threads that wait for a busy processor spin: several processes of two threads each crawl.
+    torch.set_num_threads(1)
+    failed = True
+    try:
+        yield running
+        failed = False
+    finally:
+        torch.set_num_threads(threads)
+        running.close(failed=failed)
+
+
+_queue: SimpleQueue[Any] | None = None
+
+
+def _begin(queue: SimpleQueue[Any]) -> None:
+    """Prepare a worker: one thread, and Ctrl-C left to the parent."""
+    global _queue
+    _queue = queue
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _run_there(job: Job) -> None:
+    def tell(done: int, total: int, row: dict[str, Any] | None) -> None:
+        if _queue is not None and row is None:
+            _queue.put((job.name, done, total))
+
+    run(job, tell)

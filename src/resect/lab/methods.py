@@ -1,0 +1,77 @@
+"""The training method of a recipe, as the trainer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from resect.lab.recipe import MethodConfig
+
+
+class Method(AbstractContextManager[Any], Protocol):
+    """What the trainer asks of a method; it acts on the model inside ``with method:``."""
+
+    def begin_step(self) -> None:
+        """Once per optimizer step, before the forward pass."""
+
+    def extra_loss(self) -> Tensor | float:
+        """What the method adds to the loss of this step."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the history, by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON data, nested at will: what a resume needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+
+
+MakeMethod = Callable[[MethodConfig, nn.Module, torch.optim.Optimizer, Tensor], Method]
+
+
+def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer, example: Tensor) -> Method:
+    """The method of a recipe on the residual blocks of ``model``; ``example`` is a training batch."""
+    import resect
+
+    blocks = resect.find_blocks(model, example)
+    if config.blocks == "identity":
+        blocks = blocks.kind("identity")
+    return resect.EpsilonGate(
+        model, blocks, epsilon=config.epsilon, skip_muted_after=config.skip_muted_after, optimizer=optimizer
+    )
+
+
+class NoMethod:
+    """Plain training."""
+
+    def __enter__(self) -> NoMethod:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to undo."""
+
+    def begin_step(self) -> None:
+        """Nothing to draw."""
+
+    def extra_loss(self) -> float:
+        """Nothing to add."""
+        return 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing to report."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

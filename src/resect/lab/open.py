@@ -1,0 +1,142 @@
+"""Open what a user names on the command line: a model by name, the folder of a run, or a cut model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.blocks.block import Blocks
+from resect.blocks.plan import Plan
+from resect.errors import FileError, InputError
+from resect.lab import registry, runs
+from resect.lab.data import ImageData, Split, in_batches, mean_std, normalize
+from resect.lab.data import load as load_data
+from resect.lab.display import Bars
+from resect.lab.recipe import Recipe, parse
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and, where it is known, the data it was trained on."""
+
+    name: str
+    model: nn.Module
+    recipe: Recipe | None = None
+    data: ImageData | None = None
+    folder: Path | None = None
+
+    def example(self, size: int | None = None) -> Tensor:
+        """Return a batch to find blocks with: training images where there are any, else noise (1, C, H, W)."""
+        if self.data is not None:
+            return normalize(self.data.train.images[:64], *mean_std(self.data.train))
+        channels, height, width = registry.input_size(self.name, self.model)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, channels, size or height, size or width, generator=generator)
+
+    def test_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return (images, labels) of the test split, normalised as in training."""
+        return self._images("test", limit)
+
+    def train_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return (images, labels) of the training split, normalised."""
+        return self._images("train", limit)
+
+    def _images(self, which: str, limit: int | None) -> tuple[Tensor, Tensor]:
+        if self.data is None:
+            raise InputError(f"{self.name!r} has no data of its own. Name some, for instance --data digits.")
+        split: Split = getattr(self.data, which)
+        return normalize(split.images[:limit], *mean_std(self.data.train)), split.labels[:limit]
+
+
+def open_model(name: str, options: Sequence[str] = (), data: str | None = None) -> Opened:
+    """Open ``name``: ``cifar-resnet-110``, ``timm:NAME``, ``torchvision:NAME``, a run's or a cut model's folder.
+
+    ``options`` are ``key=value`` for a model by name; ``data`` names the data set, where the model brings none.
+
+    Raises ``InputError`` for an unknown model, option or data set, ``FileError`` for a damaged folder.
+    """
+    folder = Path(name)
+    looks_like_path = folder.exists() or "/" in name.partition(":")[0]
+    if looks_like_path and not folder.is_dir():
+        raise FileError(f"There is no folder {name!r}. Train one with: resect train digits-plain --out {name}")
+    if looks_like_path:
+        if options:
+            raise InputError("Options go with a model by name; a folder says itself how its model was built.")
+        return _open_cut(folder) if (folder / "base.json").exists() else _open_run(folder)
+    values = dict(_read_option(option) for option in options)
+    images = load_data(data) if data else None
+    if images is not None:
+        values = registry.fit_options(name, images.shape[0], len(images.classes)) | values
+    return Opened(name, registry.build(name, **values).eval(), data=images)
+
+
+def _open_run(folder: Path) -> Opened:
+    model, recipe, data = runs.open_run(folder)
+    return Opened(recipe.model.name, model, recipe, data, folder)
+
+
+def _open_cut(folder: Path) -> Opened:
+    try:
+        recipe = parse(json.loads((folder / "base.json").read_text(encoding="utf-8")), str(folder / "base.json"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"Cannot read {str(folder / 'base.json')!r}: {error}") from error
+    data = load_data(recipe.data.name, **recipe.data.options)
+    model = resect.load(folder, runs.build_model(recipe, data)).eval()
+    return Opened(f"cut {recipe.model.name}", model, recipe, data, folder)
+
+
+def choose_plan(
+    opened: Opened,
+    blocks: Blocks,
+    number: int | None,
+    names: str | None,
+    file: Path | None,
+    limit: int | None,
+    display: Bars,
+) -> Plan:
+    """Return the plan meant by ``resect shrink``: a number of blocks, names, a file, or the run's own plan.
+
+    Raises ``InputError`` when more than one is given, none, or a plan that cuts nothing.
+    """
+    if sum(choice is not None for choice in (number, names, file)) > 1:
+        raise InputError("Give one of --blocks, --names and --plan.")
+    own = opened.folder / "plan.json" if opened.folder else None
+    if number is not None:
+        images, labels = opened.train_images(limit)
+        data = in_batches(images, labels, 128)
+        ranking = resect.rank(
+            opened.model, blocks, data, metric="cross_entropy", progress=functools.partial(display.steps, "ranked")
+        )
+        return ranking.choose(number)
+    if names is not None:
+        return Plan.of(blocks, [name.strip() for name in names.split(",")])
+    if file is None and (own is None or not own.exists()):
+        raise InputError("Nothing says which blocks to cut. Give --blocks N, --names a,b or --plan FILE.")
+    plan = Plan.load(file or own)  # type: ignore[arg-type]
+    if not plan.blocks:
+        raise InputError("This plan cuts nothing: no block was muted in every step of the last epochs.")
+    return plan
+
+
+def save_cut(small: nn.Module, folder: Path, source: Opened) -> None:
+    """Save a cut model, with what is needed to build the uncut one again where that is known."""
+    base = None if source.recipe is None else json.dumps(source.recipe.dump(), indent=1)
+    resect.save(small, folder, extra={} if base is None else {"base.json": base})
+
+
+def _read_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"Option {text!r} must look like key=value, for instance num_classes=10.")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

@@ -1,0 +1,103 @@
+"""Models by name: ``cifar-resnet-110``, ``cifar-preresnet-56``, ``timm:NAME``, ``torchvision:NAME``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from resect.errors import InputError, check_all, unknown
+from resect.lab.models import CifarResNet, cifar_resnet, depth_problem
+
+# Offered as nearest names; any other depth 6n+2 works as well.
+CIFAR_DEPTHS = (8, 14, 20, 26, 32, 38, 44, 50, 56, 110, 164, 200, 302, 500, 752, 1202)
+CIFAR_FAMILIES = ("cifar-resnet", "cifar-preresnet")
+CIFAR_NAMES = [f"{family}-{depth}" for family in CIFAR_FAMILIES for depth in CIFAR_DEPTHS]
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """A new model, with random weights unless ``pretrained=True`` (timm and torchvision only).
+
+    ``options`` go to `cifar_resnet`, ``timm.create_model`` or ``torchvision.models.get_model``.
+
+    Raises:
+        InputError: an unknown model or option, with the nearest valid ones, or a value the model refuses.
+    """
+    library, _, rest = name.partition(":")
+    if library == "timm" and rest:
+        return _build_timm(rest, options)
+    if library == "torchvision" and rest:
+        return _build_torchvision(rest, options)
+    return _build_cifar(name, options)
+
+
+def fit_options(name: str, channels: int, classes: int) -> dict[str, Any]:
+    """The options that make model ``name`` take ``channels`` image channels and give ``classes`` logits."""
+    if name.startswith("timm:"):
+        return {"in_chans": channels, "num_classes": classes}
+    if name.startswith("torchvision:"):
+        return {"num_classes": classes}
+    return {"in_channels": channels, "num_classes": classes}
+
+
+def input_size(name: str, model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of an image that ``model``, built by name, takes by default."""
+    if isinstance(model, CifarResNet):
+        return (model.conv1.in_channels, 32, 32)
+    config = getattr(model, "pretrained_cfg", None)  # timm
+    if config:
+        return tuple(config["input_size"])
+    side = 299 if name == "torchvision:inception_v3" else getattr(model, "image_size", 224)
+    return (3, side, side)
+
+
+def _build_cifar(name: str, options: dict[str, Any]) -> nn.Module:
+    family, _, depth = name.rpartition("-")
+    if family not in CIFAR_FAMILIES or not depth.isdecimal():
+        raise unknown("model", name, [*CIFAR_NAMES, "timm:NAME", "torchvision:NAME"])
+    check_all(filter(None, [depth_problem(int(depth))]), f"Model {name!r}")
+    fixed = ("depth", "preactivation")  # both are in the name
+    valid = [option for option in inspect.signature(cifar_resnet).parameters if option not in fixed]
+    wrong = [option for option in options if option not in valid]
+    check_all((str(unknown("option", option, valid)) for option in wrong), f"Model {name!r}")
+    return cifar_resnet(int(depth), preactivation=family == "cifar-preresnet", **options)
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("model", f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
+    return _call(f"timm:{name}", lambda **chosen: timm.create_model(name, **chosen), options)
+
+
+def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise unknown("model", f"torchvision:{name}", [f"torchvision:{known}" for known in models.list_models()])
+
+    def make(pretrained: bool = False, **chosen: Any) -> nn.Module:
+        return models.get_model(name, weights="DEFAULT" if pretrained else None, **chosen)
+
+    return _call(f"torchvision:{name}", make, options)
+
+
+def _call(name: str, make: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    """``make(**options)``; what it refuses becomes one sentence, an unknown option with its nearest."""
+    try:
+        return make(**options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        # Both libraries pass options on to the class, which alone knows their names.
+        valid = {"pretrained", *inspect.signature(type(make())).parameters} - {"kwargs"}
+        wrong = [option for option in options if option not in valid and f"'{option}'" in str(error)]
+        check_all((str(unknown("option", option, valid)) for option in wrong), f"Model {name!r}")
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"Model {name!r} cannot be built with {options}: {said}") from error
+    except OSError as error:
+        raise InputError(
+            f"Model {name!r}: its pretrained weights could not be fetched ({type(error).__name__}). "
+            "Check the network, or leave pretrained out."
+        ) from error

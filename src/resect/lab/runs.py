@@ -1,0 +1,126 @@
+"""The folder of a run: model.safetensors, recipe.json, history.csv, metrics.json, and the last checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from resect.errors import FileError, InputError, ResectError, check_all
+from resect.files import read_tensors, write_bytes
+from resect.lab import checkpoint
+from resect.lab.data import ImageData
+from resect.lab.data import load as load_data
+from resect.lab.recipe import Recipe, differences, parse
+from resect.lab.registry import build, fit_options
+from resect.lab.tree import flatten
+
+FORMAT = "resect-run-1"
+
+
+def build_model(recipe: Recipe, data: ImageData) -> nn.Module:
+    """The recipe's model, with the channels and classes of ``data`` unless the recipe gives them."""
+    fitting = fit_options(recipe.model.name, data.shape[0], len(data.classes))
+    return build(recipe.model.name, **fitting | recipe.model.options)
+
+
+def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """The state to continue from, or None for a new run in ``folder``.
+
+    Raises:
+        InputError: the folder holds a run already and ``resume`` is False, or holds one of another recipe.
+        FileError: the checkpoint is damaged, or something in the way is no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
+    last = checkpoint.newest(folder)
+    if last is None:
+        return None
+    if not resume:
+        raise InputError(f"{folder} holds a run already: resume it, choose another folder, or delete it.")
+    saved = checkpoint.load(last)
+    changes = list(differences(parse(saved["recipe"], f"The recipe in {last}"), recipe))
+    check_all(changes, f"{folder} holds a run of another recipe, which cannot be resumed")
+    return saved
+
+
+def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[str, Any]], **more: Any) -> None:
+    """Write the four files of a finished run, metrics.json last: it makes the folder a run.
+
+    Raises:
+        FileError: a file could not be written; the ones it would have replaced are unchanged.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        flatten(tensor, tensors, name)
+    weights = safetensors.torch.save(tensors)
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    metrics = {
+        "format": FORMAT,
+        "model_sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **history[-1],
+        "seconds": round(sum(row["seconds"] for row in history), 3),
+        **more,
+    }
+    write_bytes(folder / "model.safetensors", weights)
+    write_bytes(folder / "recipe.json", _json(recipe.dump()))
+    write_bytes(folder / "history.csv", table.getvalue().encode())
+    write_bytes(folder / "metrics.json", _json(metrics))
+
+
+def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, ImageData]:
+    """The trained model (eval mode, on the CPU), its recipe and its data, from the folder of a finished run.
+
+    Raises:
+        FileError: the folder is no finished run, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.json").is_file():
+        hint = "its training did not finish: resume it" if checkpoint.newest(folder) else "it has no metrics.json"
+        raise FileError(f"{folder} is not the folder of a finished run ({hint}).")
+    metrics, tables = (_read_json(folder / name) for name in ("metrics.json", "recipe.json"))
+    if metrics.get("format") != FORMAT:
+        raise FileError(f"{folder} was not written by this version of Resect (metrics.json is not {FORMAT}).")
+    try:
+        recipe = parse(tables, f"{folder / 'recipe.json'}")
+    except ResectError as error:
+        raise FileError(str(error)) from error
+    weights = read_tensors(folder / "model.safetensors", str(metrics.get("model_sha256")))
+    data = load_data(recipe.data.name, **recipe.data.options)
+    model = build_model(recipe, data)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise FileError(
+            f"The weights in {folder} do not fit {recipe.model.name!r} as recipe.json describes it: "
+            "the run was given a model of its own. Build that model and load model.safetensors into it."
+        ) from error
+    return model.eval(), recipe, data
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} is missing or is not whole JSON ({type(error).__name__}).") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{path} does not hold a JSON object.")
+    return value

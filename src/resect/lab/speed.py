@@ -1,0 +1,56 @@
+"""Latency of models with random weights: whole, with half the blocks closed, with those removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.blocks.block import Blocks
+from resect.lab import registry
+from resect.lab.findings import Display, Findings
+from resect.report.cost import latency
+
+SPEED_MODELS = ("timm:resnet50", "timm:vit_small_patch16_224")
+
+
+def measure_speed(found: Findings, display: Display, models: Sequence[str] = SPEED_MODELS, rounds: int = 15) -> None:
+    """Time models with random weights: as they are, with every second block closed, with those removed."""
+    chain, speed = [], []
+    for count, name in enumerate(models):
+        display.steps("models timed", count, len(models))
+        torch.manual_seed(0)
+        model = registry.build(name).eval()
+        example = torch.randn(1, *registry.input_size(name, model))
+        blocks = resect.find_blocks(model, example)
+        chain += chain_rows(name.partition(":")[2], blocks)
+        half = blocks[1::2]
+        small = resect.remove(model, blocks, half)
+        with resect.gates(model, blocks) as gates:
+
+            def closed(
+                gates: Any = gates, model: nn.Module = model, half: Blocks = half, example: Tensor = example
+            ) -> Tensor:
+                for block in half:
+                    gates[block.name].close()
+                output = model(example)
+                for block in half:
+                    gates[block.name].open()
+                return output
+
+            variants: dict[str, Any] = {
+                "full": (model, example), "half closed": closed, "half removed": (small, example)
+            }  # fmt: skip
+            rows = latency(variants, rounds=rounds)
+        speed += [row | {"model": name.partition(":")[2], "batch": 1} for row in rows]
+    display.steps("models timed", len(models), len(models))
+    found.figures["chain"], found.figures["speed"] = chain, speed
+
+
+def chain_rows(model: str, blocks: Blocks) -> list[dict[str, Any]]:
+    """Return one row per block for the picture of the chain."""
+    columns = ("index", "name", "owner", "part", "shortcut", "parameters")
+    return [{"model": model} | {column: getattr(block, column) for column in columns} for block in blocks]

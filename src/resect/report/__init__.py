@@ -1,0 +1,1 @@
+"""REPORT: what models cost, figures drawn from rows, and one self-contained page that shows it all."""

@@ -1,0 +1,60 @@
+"""All figures by name: each is a pure function from rows to an altair chart."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from resect.report.bars import speed, table_latency
+from resect.report.chain import chain
+from resect.report.curves import response, training
+from resect.report.lesions import lesion_each, lesion_random
+from resect.report.paths import gradients, path_lengths
+from resect.report.rows import write_file
+
+FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "chain": chain,
+    "speed": speed,
+    "training": training,
+    "lesion_each": lesion_each,
+    "lesion_random": lesion_random,
+    "path_lengths": path_lengths,
+    "gradients": gradients,
+    "response": response,
+    "table_latency": table_latency,
+}
+
+# The vega-lite version that the installed altair writes for, "v6.4.1" as "6.4".
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+
+
+def specification(chart: Any) -> dict[str, Any]:
+    """The vega-lite specification, with the room between two legends that altair cannot ask for."""
+    # Not checked against the schema here, which takes as long as drawing: the tests do that.
+    spec = chart.to_dict(validate=False)
+    spec["config"]["legend"]["layout"] = {"top": {"anchor": "start", "direction": "horizontal", "margin": 26}}
+    return spec
+
+
+def _steady(svg: str) -> str:
+    """An SVG with its clip paths numbered from 0: vega counts them through all charts of a process."""
+    names = {name: f"clip{place}" for place, name in enumerate(dict.fromkeys(re.findall(r"\bclip\d+\b", svg)))}
+    return re.sub(r"\bclip\d+\b", lambda match: names[match[0]], svg)
+
+
+def save(chart: Any, folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """Write ``folder/name.svg`` and ``folder/name.png`` (2 pixels per px); return the specification.
+
+    The PNG is made from the SVG, so that the chart is laid out only once.
+    """
+    spec = specification(chart)
+    svg = _steady(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE))
+    write_file(Path(folder) / f"{name}.svg", svg)
+    write_file(Path(folder) / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
+    return spec

@@ -1,0 +1,156 @@
+"""What each figure needs: the columns of its CSV file, and one sentence for people new to the subject."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resect.errors import InputError, check_all, quoted, unknown
+
+# Kinds: "text"; "int"; "number" (unit in the name, else as the figure says); "fraction" (0 to 1, never
+# percent); "flag" (True or False). A trailing "?": the cell may be empty, NaN or infinite, and the column may
+# be missing. The order of the rows is the order of models, nets and variants in the figure.
+COLUMNS: dict[str, dict[str, str]] = {
+    "chain": {
+        "model": "text",
+        "index": "int",  # 0-based, in the order of computation
+        "name": "text",
+        "owner": "text",
+        "part": "text",  # attention, MLP, conv, or whatever the branch is
+        "shortcut": "text",  # identity, projection or reshape
+        "parameters": "int",  # of the branch
+    },
+    "speed": {
+        "model": "text",
+        "variant": "text",  # in the order to show; the first of a group is what the others are compared with
+        "batch": "int",
+        "median_ms": "number",
+        "low_ms": "number",  # lower and upper quartile
+        "high_ms": "number",
+    },
+    "training": {
+        "net": "text",
+        "epoch": "int",
+        "train_loss": "number?",
+        "test_error": "fraction",
+        "muted": "int?",  # number of blocks muted at the end of the epoch; empty for a net without gates
+    },
+    "lesion_each": {
+        "net": "text",  # the first net is the residual one, a second one the contrast
+        "index": "int",
+        "name": "text",
+        "stage": "text?",
+        "error": "fraction?",  # after deleting this block alone
+        "baseline": "fraction",  # of the whole net
+        "shortcut": "text?",
+        "chance": "fraction?",  # error of guessing: 0.9 for ten classes; no line without it
+    },
+    "lesion_random": {"k": "int", "draw": "int", "error": "fraction"},
+    "path_lengths": {"length": "int", "share": "fraction"},
+    "gradients": {
+        "length": "int",
+        "norm_of_sum": "number?",  # exact
+        "sum_of_norms": "number?",  # sampled, with its 95 % interval
+        "low": "number?",
+        "high": "number?",
+    },
+    "response": {
+        "index": "int",
+        "name": "text",
+        "shortcut": "text",
+        "response": "number?",  # max|f| over the data; NaN and infinity are left out
+        "epsilon": "number?",
+        "muted": "flag",
+    },
+    "table_latency": {
+        "net": "text",
+        "batch": "int",
+        "median_ms": "number",
+        "low_ms": "number",
+        "high_ms": "number",
+    },
+}
+
+NEEDS_ONE = {
+    "lesion_each": ["error"],
+    "gradients": ["norm_of_sum", "sum_of_norms"],
+    "response": ["response"],
+}
+
+ABOUT: dict[str, str] = {
+    "chain": "A residual network is a straight line, the shortcut, along which the data flow unchanged; "
+    "each box is a branch that leaves the line, computes something and is added back. A taller "
+    "box has more parameters.",
+    "speed": "Time for one pass through the network: as it is, with half of its branches closed, and "
+    "with the same branches taken out for good. Shorter bars are faster.",
+    "training": "First, how many test images the network gets wrong as it learns; then, how many branches its "
+    "gate has muted by then, because everything they compute stays within the threshold ε.",
+    "lesion_each": "Each point is the same trained network with one block deleted, and nothing retrained. "
+    "With shortcuts the data have a way around the gap; without them the network is cut in two.",
+    "lesion_random": "Each dot is the trained network after deleting that many blocks picked at random. The "
+    "error rises little by little, as in a group that loses members one at a time.",
+    "path_lengths": "At every block the data can go through the branch or past it, so a network contains one "
+    "path for each combination. This is how many branches those paths pass.",
+    "gradients": "What the paths of each length contribute to learning. Blue: the gradients of all paths of "
+    "one length added up, computed exactly. Green: the sizes of the single gradients added up, estimated from "
+    "samples.",
+    "response": "The largest value that each branch still adds after training. A branch at or below the "
+    "threshold ε is muted: it adds nothing, so it can be cut out without changing the network.",
+    "table_latency": "Measured time for one pass. The nets took turns, so that a busy moment of the machine "
+    "slows all of them alike.",
+}
+
+
+def _fault(value: Any, kind: str) -> str | None:
+    """Why ``value`` is not of this kind, or None."""
+    optional = kind.endswith("?")
+    if value is None or value == "":
+        return None if optional else "is empty"
+    kind = kind.rstrip("?")
+    if kind == "text":
+        return None if isinstance(value, str) else f"is {value!r}, not text"
+    if kind == "flag":
+        return None if isinstance(value, bool) else f"is {value!r}, not True or False"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"is {value!r}, not a number"
+    if not math.isfinite(value):
+        return None if optional else f"is {value!r}"
+    if kind == "int" and value != int(value):
+        return f"is {value!r}, not a whole number"
+    if kind == "fraction" and not 0 <= value <= 1:
+        return f"is {value!r}, not a fraction from 0 to 1"
+    return None
+
+
+def check_rows(name: str, rows: Sequence[Mapping[str, Any]], where: str | None = None) -> None:
+    """Raise InputError unless ``rows`` are what figure ``name`` needs: one problem listed per column."""
+    if name not in COLUMNS:
+        raise unknown("figure", name, COLUMNS)
+    where = where or f"The rows of figure {name!r}"
+    if not rows:
+        raise InputError(f"{where}: there are none.")
+    columns = COLUMNS[name]
+    missing = [c for c, kind in columns.items() if not kind.endswith("?") and all(c not in row for row in rows)]
+    problems = [f"missing column{'s' * (len(missing) > 1)} {quoted(missing)}"] if missing else []
+    for column, kind in columns.items():
+        faults = ((number, _fault(row.get(column), kind)) for number, row in enumerate(rows, start=1))
+        first = next(((number, fault) for number, fault in faults if fault), None)
+        if first and column not in missing:
+            problems.append(f"row {first[0]}: {column!r} {first[1]}")
+    # Optional cells are optional one by one: a figure without a single value would be an empty frame.
+    shown = NEEDS_ONE.get(name, [])
+    values = (row.get(column) for row in rows for column in shown)
+    if shown and not problems and not any(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        problems.append(f"no value at all in {quoted(shown)}")
+    check_all(problems, where)
+
+
+def clean_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` checked, with exactly the columns of the figure; empty, NaN and infinite cells become None."""
+    check_rows(name, rows)
+
+    def clean(value: Any) -> Any:
+        return None if value == "" or (isinstance(value, float) and not math.isfinite(value)) else value
+
+    return [{column: clean(row.get(column)) for column in COLUMNS[name]} for row in rows]

@@ -1,0 +1,159 @@
+"""Lesion studies and path counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import Net
+from torch import nn
+
+import resect
+from resect.analyse.lesion import interval, random_subsets
+from resect.analyse.paths import PathChooser
+from resect.blocks.intercept import Intercepted
+from resect.errors import InputError
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    net, x, y = Net((False, False, True, False)), torch.randn(50, 5), torch.randint(0, 4, (50,))
+    return net, resect.find_blocks(net, x), [(x[:32], y[:32]), (x[32:], y[32:])], (x, y)
+
+
+def test_each_lesion_equals_the_hand_made_one(setup):
+    net, blocks, data, (x, y) = setup
+    study = resect.lesion_study(net, blocks, data, metric="cross_entropy")
+    loss = nn.functional.cross_entropy
+    assert study.baseline == pytest.approx(loss(net(x), y).item(), rel=1e-5)
+    assert [lesion.closed for lesion in study.each] == [(name,) for name in blocks.names]
+    for lesion in study.each:
+        owner, branch = lesion.closed[0].split("/")
+        last = getattr(net.get_submodule(owner), branch).down
+        saved = last.weight.data.clone(), last.bias.data.clone()
+        last.weight.data.zero_()
+        last.bias.data.zero_()
+        assert lesion.value == pytest.approx(loss(net(x), y).item(), rel=1e-5)
+        last.weight.data, last.bias.data = saved
+
+
+def test_random_lesions_draw_the_same_subsets_and_have_intervals(setup):
+    net, blocks, data, _ = setup
+    a = resect.lesion_study(net, blocks, data, each=False, random_counts=[1, 3], draws=5, seed=3)
+    b = resect.lesion_study(net, blocks, data, each=False, random_counts=[1, 3], draws=5, seed=3)
+    c = resect.lesion_study(net, blocks, data, each=False, random_counts=[1, 3], draws=5, seed=4)
+    assert a == b
+    assert [lesion.closed for lesion in a.random] != [lesion.closed for lesion in c.random]
+    assert [len(lesion.closed) for lesion in a.random] == [1] * 5 + [3] * 5
+    for row in a.by_count():
+        assert row["low"] <= row["mean"] <= row["high"]
+    assert len(a.rows()) == 10
+
+
+def test_the_model_is_left_exactly_as_it_was(setup):
+    net, blocks, data, _ = setup
+    net.train()
+    net.layers[0].eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def breaks(output, batch):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        resect.lesion_study(net, blocks, data, metric=breaks)
+    resect.lesion_study(net, blocks, data)
+    assert net.training
+    assert not net.layers[0].training
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert not any(isinstance(module, Intercepted) for module in net.modules())
+
+
+def test_bad_input(setup):
+    net, blocks, data, _ = setup
+    with pytest.raises(InputError, match=r"Unknown metric 'top2'\. Did you mean"):
+        resect.lesion_study(net, blocks, data, metric="top2")
+    with pytest.raises(InputError, match="runs dry"):
+        resect.lesion_study(net, blocks, iter(data))
+    with pytest.raises(InputError, match="no samples"):
+        resect.lesion_study(net, blocks, [])
+    with pytest.raises(InputError, match="Cannot close 9 blocks"):
+        resect.lesion_study(net, blocks, data, random_counts=[9])
+    with pytest.raises(InputError, match="NaN"):
+        resect.lesion_study(net, blocks, [(torch.full((2, 5), math.nan), torch.zeros(2, dtype=torch.long))],
+                            metric="cross_entropy")  # fmt: skip
+    with pytest.raises(InputError, match="needs targets"):
+        resect.lesion_study(net, blocks, [torch.randn(2, 5)])
+
+
+def test_ranking_puts_the_least_missed_first(setup):
+    net, blocks, data, _ = setup
+    study = resect.lesion_study(net, blocks, data, metric="cross_entropy")
+    ranking = resect.rank(net, blocks, data, metric="cross_entropy")
+    assert ranking.scores == study.scores
+    assert ranking.order == sorted(study.scores, key=study.scores.get)
+    plan = ranking.choose(n=2)
+    assert set(plan.names) == set(ranking.order[:2])
+    for wrong in (0, 6, 1.5, True):
+        with pytest.raises(InputError, match="whole number from 1 to 5"):
+            ranking.choose(n=wrong)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=6))
+def test_path_counts_equal_enumeration(branches):
+    counts = [0] * (len(branches) + 1)
+    for choice in itertools.product(*(range(-1, m) for m in branches)):
+        counts[sum(c >= 0 for c in choice)] += 1
+    assert resect.path_lengths(_blocks(branches)) == counts
+
+
+def test_path_counts_of_54_blocks_are_the_papers():
+    counts = resect.path_lengths(_blocks([1] * 54))
+    assert sum(counts) == 2**54
+    assert sum(counts[19:36]) / 2**54 == pytest.approx(0.9802, abs=5e-5)
+    assert sum(counts[5:18]) / 2**54 == pytest.approx(0.004537, abs=5e-7)
+
+
+def test_paths_of_a_length_are_drawn_evenly():
+    import random
+
+    blocks = _blocks([2, 1, 1])
+    chooser, draw = PathChooser(blocks), random.Random(0)
+    seen: dict[frozenset[str], int] = {}
+    for _ in range(5000):
+        path = frozenset(chooser.draw(2, draw))
+        seen[path] = seen.get(path, 0) + 1
+    assert len(seen) == resect.path_lengths(blocks)[2] == 5
+    assert min(seen.values()) > 850
+    assert max(seen.values()) < 1150
+
+
+def test_the_interval_is_students():
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    assert interval([1.0]) == (-math.inf, math.inf)
+
+
+def test_subsets_do_not_depend_on_anything_but_names_counts_and_seed():
+    blocks = _blocks([1] * 9)
+    assert list(random_subsets(blocks, [2], 3, 0)) == [
+        tuple(sorted(s)) for s in list(random_subsets(blocks, [2, 5], 3, 0))[:3]
+    ]
+
+
+def _blocks(branches):
+    """Blocks of a net that never existed, ``branches[i]`` of them on sum i."""
+    common = {
+        "owner": "", "shortcut": "identity", "part": "mlp", "modules": ("m",), "end": "m", "templates": ("absent",),
+        "end_leaf": None, "clone": False, "inner_adds": 0, "raw_parameters": (), "parameters": 0,
+    }  # fmt: skip
+    names = [(place, f"b{place}.{branch}") for place, count in enumerate(branches) for branch in range(count)]
+    return resect.Blocks(
+        resect.ResidualBlock(name=name, index=index, sum=place, **common) for index, (place, name) in enumerate(names)
+    )

@@ -1,0 +1,188 @@
+"""What is found, what is refused with its reason, and what bad input gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nets import Branch, Net
+from torch import nn
+
+import resect
+from resect.blocks import verify
+from resect.blocks.branch import Candidate
+from resect.blocks.example import Example
+from resect.blocks.trace import quiet
+from resect.errors import InputError
+
+pytestmark = pytest.mark.core
+
+
+class OneBlock(nn.Module):
+    """A block whose forward is given by the test."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._forward = forward
+
+    def forward(self, *args, **kwargs):
+        return self._forward(self, *args, **kwargs)
+
+
+def inplace(net, x):
+    y = net.f(x)
+    y += x
+    return torch.relu_(y)
+
+
+def forms():
+    linear = lambda: nn.Linear(4, 4)  # noqa: E731
+    return {
+        "x + f(x)": (OneBlock(lambda m, x: x + m.f(x), f=linear()), "identity"),
+        "f(x) + x": (OneBlock(lambda m, x: m.f(x) + x, f=linear()), "identity"),
+        "y = f(x); y += x; relu_(y)": (OneBlock(inplace, f=linear()), "identity"),
+        "torch.add": (OneBlock(lambda m, x: torch.add(x, m.f(x)), f=linear()), "identity"),
+        "x.add(f(x))": (OneBlock(lambda m, x: x.add(m.f(x)), f=linear()), "identity"),
+        "projection": (
+            OneBlock(lambda m, x: m.s(x) + m.g(torch.relu(m.f(x))), s=linear(), f=linear(), g=linear()),
+            "projection",
+        ),
+        "keyword": (OneBlock(lambda m, x: x + m.f(input=x), f=linear()), "identity"),
+        "tuple": (
+            OneBlock(lambda m, x: (x + m.f(x)[0], x), f=OneBlock(lambda m, x: (m.g(x), None), g=linear())),
+            "identity",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", forms())
+def test_every_way_to_write_a_block(form):
+    torch.manual_seed(0)
+    net, kind = forms()[form]
+    x = torch.randn(3, 4)
+    blocks = resect.find_blocks(net, x)
+    assert [block.shortcut for block in blocks] == [kind]
+    assert blocks[0].scalable
+    before = x.clone()
+    with torch.no_grad(), resect.closed(net, blocks):
+        output = net(x)
+    output = output[0] if isinstance(output, tuple) else output
+    expected = net.s(x) if kind == "projection" else torch.relu(x) if "relu_" in form else x
+    assert torch.equal(output, expected)
+    assert torch.equal(x, before), "the shortcut's own tensor was written"
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 0),
+        # Two branches side by side, no shortcut: not residual.
+        (lambda: OneBlock(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)), 0),
+        # A position table is no branch.
+        (lambda: OneBlock(lambda m, x: x + m.table.weight[: len(x)], table=nn.Embedding(9, 4)), 0),
+        # A sum without weights of its own is no branch.
+        (lambda: OneBlock(lambda m, x: m.f(x + torch.tanh(x)), f=nn.Linear(4, 4)), 0),
+        (lambda: Net((False, True)), 3),
+    ],
+)
+def test_what_is_and_is_not_a_residual_block(build, count):
+    torch.manual_seed(0)
+    assert len(resect.find_blocks(build(), torch.randn(3, 5 if count else 4))) == count
+
+
+def refusals():
+    shared = Branch(4)
+    return {
+        "shared": (OneBlock(lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), f=shared), "shared"),
+        "used elsewhere": (
+            OneBlock(lambda m, x: (lambda y: torch.cat([x + y, y], 1))(m.f(x)), f=nn.Linear(4, 4)),
+            "also used outside",
+        ),
+        "no module": (
+            OneBlock(lambda m, x: x + torch.relu(x @ m.w.weight), w=nn.Linear(4, 4)),
+            "no module of its own",
+        ),
+        "control flow": (
+            OneBlock(lambda m, x: x + m.g(m.f(x) * (m.f.out_features if m.f(x).sum() > -1e9 else 0)),
+                     f=nn.Linear(4, 4), g=nn.Linear(4, 4)),
+            "",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_what_cannot_be_controlled_is_refused_with_its_reason(case):
+    net, reason = refusals()[case]
+    blocks = resect.find_blocks(net, torch.randn(3, 4))
+    assert not blocks
+    assert len(blocks.refused) >= 1
+    assert reason in blocks.refused[0].reason
+
+
+def test_operations_after_the_last_module_leave_closing_and_refuse_scaling():
+    net = OneBlock(lambda m, x: x + torch.tanh(m.f(x)), f=nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    (block,) = resect.find_blocks(net, x)
+    assert not block.scalable
+    assert "outside any module" in block.reason
+    with torch.no_grad(), resect.closed(net, [block]):
+        assert torch.equal(net(x), x)
+    with pytest.raises(resect.ResectError, match="It can be closed"), resect.gates(net, [block]) as g:
+        g[0].scale(0.5)
+
+
+def test_a_wrong_choice_of_modules_is_caught_by_the_oracle():
+    """Verification must refuse a candidate that names another branch's modules."""
+    torch.manual_seed(0)
+    net, x = Net((False, False, False)), Example.of(torch.randn(2, 5))
+    blocks = resect.find_blocks(net, x)
+    right = [Candidate(block, number, 1) for number, block in enumerate(blocks)]
+    wrong = Candidate(replace(blocks[0], modules=blocks[1].modules, end=blocks[1].end), right[0].addition, 1)
+    with quiet(net):
+        good, bad = verify.verify(net, x, right)
+        assert (len(good), bad) == (3, [])
+        good, bad = verify.verify(net, x, [wrong, right[2]])
+    assert [block.name for block in good] == [right[2].block.name]
+    assert "without it" in bad[0].reason
+
+
+def test_a_wrong_branch_end_is_caught_by_the_oracle():
+    net = OneBlock(lambda m, x: x + 2 * m.f(x), f=nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    (block,) = resect.find_blocks(net, x)
+    with quiet(net):
+        good, bad = verify.verify(net, Example.of(x), [Candidate(replace(block, end="f"), 0, 1)])
+    assert not bad
+    assert not good[0].scalable
+    assert "not the branch end" in good[0].reason
+
+
+def test_the_example_may_be_a_tuple_a_mapping_or_an_example():
+    net = OneBlock(lambda m, x, scale: x + m.f(x) * scale, f=nn.Linear(4, 4))
+    x, s = torch.randn(2, 4), torch.tensor(2.0)
+    for example in ((x, s), {"x": x, "scale": s}, resect.Example((x,), {"scale": s})):
+        assert len(resect.find_blocks(net, example)) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (nn.Linear(3, 3), torch.randn(2, 4), r"cannot run on this example \(\(2, 4\) float32\)"),
+        (nn.Linear(3, 3), torch.zeros(2, 3, dtype=torch.long), "cannot run on this example"),
+        (nn.Linear(3, 3), "image.png", "must be a tensor"),
+        (lambda x: x, torch.randn(2, 3), "needs a torch.nn.Module"),
+        (torch.compile(nn.Linear(3, 3)), torch.randn(2, 3), "_orig_mod"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(model, example, message):
+    with pytest.raises(InputError, match=message):
+        resect.find_blocks(model, example)
+
+
+def test_an_unknown_way_to_verify_is_refused():
+    with pytest.raises(InputError, match="Did you mean 'joint'"):
+        resect.find_blocks(nn.Linear(3, 3), torch.randn(2, 3), verify="join")
+    assert len(resect.find_blocks(Net(), torch.randn(2, 5), verify="each")) == 3

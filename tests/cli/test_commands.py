@@ -1,0 +1,137 @@
+"""The command as a new user meets it: in an empty folder, with typos."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from resect import cli
+
+TINY = ["model.name=cifar-preresnet-14", "model.options={widths = [4, 4, 8]}", "train.epochs=2"]
+
+
+@pytest.fixture
+def resect(monkeypatch, capsys, tmp_path):
+    """Run ``resect …`` in an empty folder; return (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str):
+        monkeypatch.setattr("sys.argv", ["resect", *arguments])
+        cli.out.file = cli.err.file = None
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_find_shows_a_table_and_json(resect):
+    code, out, _ = resect("find", "cifar-preresnet-20")
+    assert code == 0
+    assert "9 residual blocks in 9 layers" in out
+    assert "layer2.0/conv2" in out
+    code, out, _ = resect("find", "torchvision:resnet18", "--json")
+    assert len(json.loads(out)["blocks"]) == 8
+
+
+def test_the_steps_alone(resect, tmp_path):
+    code, out, err = resect("train", "digits-epsilon", *TINY, "method.epsilon=0.01", "--out", "runs/a")
+    assert code == 0, err
+    assert "The run is in runs/a" in out.replace("\n", "")
+    code, _, err = resect("train", "digits-epsilon", *TINY, "method.epsilon=0.01", "--out", "runs/a")
+    assert code == 1
+    assert "holds a run already" in err
+    assert resect("train", "digits-epsilon", *TINY, "method.epsilon=0.01", "--out", "runs/a", "--resume")[0] == 0
+
+    code, out, _ = resect("lesion", "runs/a", "--random", "1,2", "--draws", "2", "--limit", "64", "--out", "figures")
+    assert code == 0, out
+    assert "2 at random" in out
+    rows = list(csv.DictReader((tmp_path / "figures" / "lesion.csv").open()))
+    assert len(rows) == 6 + 4
+
+    code, out, _ = resect("paths", "runs/a", "--samples", "2", "--batch", "8", "--out", "figures")
+    assert code == 0, out
+    assert "norm of sum (exact)" in out
+    assert len(list(csv.DictReader((tmp_path / "figures" / "paths.csv").open()))) == 7
+
+    code, out, _ = resect("shrink", "runs/a", "--blocks", "2", "--out", "cut")
+    assert code == 0, out
+    assert "Proven equal" in out
+    code, out, _ = resect("find", "cut")
+    assert code == 0, out
+    assert "4 residual blocks" in out
+    code, out, _ = resect("shrink", "cut", "--names", "layer1.1", "--out", "cut2")
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["find", "timm:resnet81"], "Did you mean 'timm:resnet18'"),
+        (["find", "cifar-resnet-57"], "6n+2"),
+        (["find", "torchvision:vgg11", "--size", "7"], "cannot run on this example"),
+        (["find", "cifar-resnet-20", "-o", "widht=3"], "Did you mean 'width"),
+        (["find", "cifar-resnet-20", "-o", "widths"], "must look like key=value"),
+        (["train", "digits-epsilom"], "Did you mean 'digits-epsilon'"),
+        (["train", "digits-plain", "train.epoch=3"], "Did you mean 'epochs'"),
+        (["train", "digits-epsilon", "method.epsilon=-1"], "method.epsilon"),
+        (["lesion", "runs/nothing"], "There is no folder"),
+        (["lesion", "cifar-resnet-20"], "--data digits"),
+        (["lesion", "cifar-resnet-20", "--data", "digit"], "Did you mean 'digits'"),
+        (["lesion", "cifar-resnet-8", "--data", "digits", "--metric", "top2", "--limit", "8"], "Unknown metric"),
+        (["lesion", "cifar-resnet-8", "--data", "digits", "--random", "two", "--limit", "8"], "whole numbers"),
+        (["lesion", "torchvision:vgg11", "-o", "num_classes=10", "--data", "digits"], ""),
+        (["shrink", "cifar-resnet-8", "--out", "x"], "Nothing says which blocks"),
+        (["shrink", "cifar-resnet-8", "--out", "x", "--names", "layer9.1"], "Unknown residual block"),
+        (["shrink", "cifar-resnet-8", "--out", "x", "--plan", "no.json"], "Cannot read the plan"),
+        (["report", "."], "is not a report folder"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_writes_nothing(resect, tmp_path, arguments, message):
+    code, _, err = resect(*arguments)
+    assert code == 1, err
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_commands_and_options_get_the_nearest(resect):
+    code, _, err = resect("finde", "x")
+    assert code == 2
+    assert "find" in err
+    code, _, err = resect("find", "cifar-resnet-20", "--jsn")
+    assert code == 2
+    assert "--json" in err
+
+
+@pytest.mark.parametrize("command", ["find", "train", "lesion", "paths", "shrink", "report", "demo"])
+def test_every_help_has_an_example(resect, command):
+    code, out, _ = resect(command, "--help")
+    assert code == 0
+    assert f"Example: resect {command}" in out
+
+
+def test_a_damaged_run_is_named(resect, tmp_path):
+    resect("train", "digits-plain", *TINY, "--out", "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    code, _, err = resect("lesion", "run")
+    assert code == 1
+    assert "is damaged" in err
+
+
+def test_ctrl_c_ends_with_one_word(resect, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resect.lab.open.open_model", interrupted)
+    code, _, err = resect("find", "cifar-resnet-20")
+    assert code == 130
+    assert err.startswith("Interrupted.")

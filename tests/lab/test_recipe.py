@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from tiny_runs import TINY, tiny
+
+from resect.errors import FileError, InputError
+from resect.lab import recipe
+from resect.lab.registry import build
+
+
+def test_shipped_recipes_build_and_survive_json():
+    assert {"digits-plain", "digits-epsilon", "cifar10-plain"} <= set(recipe.names())
+    for name in recipe.names():
+        loaded = recipe.read(name)
+        build(loaded.model.name, **loaded.model.options)
+        assert recipe.parse(json.loads(json.dumps(loaded.dump()))) == loaded
+    assert recipe.read("digits-epsilon").method == recipe.MethodConfig(epsilon=3.0, blocks="all")
+    assert recipe.read("digits-plain").method is None
+
+
+def test_overrides_are_toml_values_or_bare_words():
+    changed = recipe.read(
+        "digits-plain",
+        [
+            "train.epochs=3",
+            "train.lr = 1",
+            "train.flip=true",
+            "model.name=cifar-resnet-8",
+            "model.options.widths=[4, 4, 8]",
+            "method.epsilon=2.5",
+            'data.name="cifar10"',
+        ],
+    )
+    assert (changed.train.epochs, changed.train.lr, changed.train.flip) == (3, 1.0, True)
+    assert changed.model == recipe.ModelConfig(name="cifar-resnet-8", options={"widths": [4, 4, 8]})
+    assert (changed.method.epsilon, changed.data.name) == (2.5, "cifar10")
+
+
+def test_every_problem_is_named_at_once_with_the_nearest_key():
+    overrides = ["train.epocs=3", "train.epochs=0", "train.schedule=one-cycl", "train.lr=nan", "modle.name=x"]
+    with pytest.raises(InputError) as caught:
+        recipe.read(
+            "digits-epsilon", [*overrides, "method.epsilon=-1", "method.epsilom=1", "train.seed=1.5", 'train.shift="1"']
+        )
+    said = str(caught.value)
+    assert "9 problems" in said
+    for words in ("'epochs'", "'model'", "'epsilon'", "train.epochs: ", "not 0", "'one-cycle'", "not -1", "not 1.5"):
+        assert words in said
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "model.name.x=3"])
+def test_an_override_that_is_none(override):
+    with pytest.raises(InputError, match="Override"):
+        recipe.read("digits-plain", [override])
+
+
+def test_names_and_files(tmp_path):
+    with pytest.raises(InputError, match="'digits-plain'"):
+        recipe.read("digit-plain")
+    with pytest.raises(FileError, match="No such file"):
+        recipe.read(tmp_path / "missing.toml")
+    file = tmp_path / "own.toml"
+    file.write_text('[model]\nname = "cifar-resnet-8"\n')
+    assert recipe.read(str(file)).train == recipe.TrainConfig()
+    file.write_text("[model\n")
+    with pytest.raises(FileError, match="is not TOML"):
+        recipe.read(file)
+    file.write_text("[train]\nepochs = 1\n")
+    with pytest.raises(InputError, match="model: field required"):
+        recipe.read(file)
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(InputError, match="nesterov needs momentum"):
+        tiny(nesterov=True, momentum=0.0)
+
+
+def test_differences_name_the_keys():
+    other = recipe.parse({**TINY, "train": {**TINY["train"], "lr": 0.2}, "method": {"epsilon": 1.0}})
+    found = list(recipe.differences(tiny(), other))
+    assert found[0] == "train.lr: 0.1, now 0.2"
+    assert found[1].startswith("method: None, now {'name': 'epsilon-gate'")
+    assert len(found) == 2

@@ -1,0 +1,174 @@
+"""Rows such as the demo makes: a 54-block net, ResNet-50 and ViT-Ti, with every awkward value that may occur."""
+
+import math
+import random
+from typing import Any
+
+Row = dict[str, Any]
+HOSTILE = "<script>alert(1)</script>"  # a name that must stay text
+
+
+def chain() -> list[Row]:
+    rows = []
+    widths = {"layer1": (3, 75e3), "layer2": (4, 280e3), "layer3": (6, 1.12e6), "layer4": (3, 4.46e6)}
+    for stage, (number, size) in widths.items():
+        for i in range(number):
+            rows.append(
+                {
+                    "model": "resnet50",
+                    "index": len(rows),
+                    "name": f"{stage}.{i}/conv2",
+                    "owner": f"{stage}.{i}",
+                    "part": "conv",
+                    "shortcut": "identity" if i else "projection",
+                    "parameters": int(size * (1 if i else 1.1)),
+                }
+            )
+    for i in range(24):
+        part = ("attention", "MLP")[i % 2]
+        rows.append(
+            {
+                "model": "vit_tiny_patch16_224",
+                "index": i,
+                "name": f"blocks.{i // 2}/{'attn' if part == 'attention' else 'mlp'}",
+                "owner": f"blocks.{i // 2}",
+                "part": part,
+                "shortcut": "identity",
+                "parameters": (148_608, 296_640)[i % 2],
+            }
+        )
+    return rows + [row | {"model": "cifar-resnet-110"} for row in small_net()]
+
+
+def small_net() -> list[Row]:
+    rows = []
+    for stage, width in enumerate((8, 16, 32), start=1):
+        for i in range(18):
+            reshape = stage > 1 and i == 0
+            rows.append(
+                {
+                    "model": "net",
+                    "index": len(rows),
+                    "name": f"stage{stage}.{i}/conv1",
+                    "owner": f"stage{stage}.{i}",
+                    "part": "conv",
+                    "shortcut": "reshape" if reshape else "identity",
+                    "parameters": 18 * width * width + 4 * width,
+                }
+            )
+    return rows
+
+
+def _time(median: float) -> Row:
+    return {"median_ms": median, "low_ms": median * 0.97, "high_ms": median * 1.06}
+
+
+def speed() -> list[Row]:
+    times = {("resnet50", 1): 62.0, ("resnet50", 8): 402.0, ("vit_tiny_patch16_224", 1): 18.4}
+    times["vit_tiny_patch16_224", 8] = 121.0
+    return [
+        {"model": model, "variant": variant, "batch": batch} | _time(full * factor)
+        for (model, batch), full in times.items()
+        for variant, factor in {"full": 1.0, "half closed": 0.59, "half removed": 0.57}.items()
+    ]
+
+
+def training() -> list[Row]:
+    draw, rows = random.Random(0), []
+    for epoch in range(1, 31):
+        for net, muted in {"plain": None, "gated": min(17, max(0, 2 * (epoch - 9)))}.items():
+            error = 0.018 + 0.85 * math.exp(-epoch / 2.5) + abs(draw.gauss(0, 0.06 * math.exp(-epoch / 8)))
+            rows.append({"net": net, "epoch": epoch, "train_loss": error * 2.3, "test_error": error, "muted": muted})
+    return rows
+
+
+def lesion_each() -> list[Row]:
+    draw, rows = random.Random(1), []
+    for net in ("with shortcuts", "without shortcuts"):
+        for block in small_net():
+            error = 0.02 + abs(draw.gauss(0, 0.006)) + (0.11 if block["shortcut"] == "reshape" else 0)
+            if net != "with shortcuts":
+                error = min(1.0, 0.9 + draw.gauss(0, 0.012))
+            rows.append(
+                {
+                    "net": net,
+                    "index": block["index"],
+                    "name": block["name"],
+                    "stage": block["owner"].split(".")[0],
+                    "error": error,
+                    "baseline": 0.0201 if net == "with shortcuts" else 0.0252,
+                    "shortcut": block["shortcut"],
+                    "chance": 0.9,
+                }
+            )
+    return rows
+
+
+def lesion_random() -> list[Row]:
+    draw = random.Random(2)
+    return [
+        {"k": k, "draw": i, "error": min(0.9, max(0.0, 0.02 + 0.0019 * k**1.9 * draw.uniform(0.4, 1.7)))}
+        for k in (0, 1, 2, 3, 5, 7, 10, 13, 16, 20)
+        for i in range(30 if k else 1)
+    ]
+
+
+def path_lengths(n: int = 54) -> list[Row]:
+    return [{"length": k, "share": math.comb(n, k) / 2**n} for k in range(n + 1)]
+
+
+def gradients(n: int = 54) -> list[Row]:
+    draw, rows = random.Random(3), []
+    for k in range(n + 1):
+        share = math.comb(n, k) * 0.22**k * math.exp(-(k**2) / 90)
+        total = 2e-4 * share * math.exp(draw.gauss(0, 0.15))
+        rows.append(
+            {
+                "length": k,
+                "norm_of_sum": 0.0 if k > 50 else 3e-2 * share**0.8 / (1 + 0.1 * k),
+                "sum_of_norms": 0.0 if k > 48 else total,
+                "low": -0.1 * total if k % 9 == 0 else 0.8 * total,  # an interval may reach below zero
+                "high": 1.25 * total,
+            }
+        )
+    return rows
+
+
+def response() -> list[Row]:
+    draw, rows = random.Random(4), []
+    for block in small_net():
+        muted = block["index"] > 36
+        size = draw.uniform(3.4, 9) if not muted else 10 ** draw.uniform(-9, -2)
+        rows.append(
+            {
+                "index": block["index"],
+                "name": block["name"],
+                "shortcut": block["shortcut"],
+                "response": 0.0 if block["index"] == 53 else size,
+                "epsilon": 3.0,
+                "muted": muted,
+            }
+        )
+    return rows
+
+
+def table_latency() -> list[Row]:
+    nets = {"plain": 1.0, "gated": 1.04, "cut": 0.68, "cut shape from scratch": 0.681}
+    return [
+        {"net": net, "batch": batch} | _time(full * factor)
+        for batch, full in {1: 11.4, 256: 96.0}.items()
+        for net, factor in nets.items()
+    ]
+
+
+ALL = {
+    "chain": chain,
+    "speed": speed,
+    "training": training,
+    "lesion_each": lesion_each,
+    "lesion_random": lesion_random,
+    "path_lengths": path_lengths,
+    "gradients": gradients,
+    "response": response,
+    "table_latency": table_latency,
+}

@@ -1,0 +1,188 @@
+"""Removing, saving and loading: what is proven, what is refused, what stays whole when something fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from nets import Net
+from torch import nn
+
+import resect
+from resect.blocks.absent import Absent
+from resect.errors import AttachError, FileError, InputError, ProofError
+from resect.shrink import files
+from resect.shrink import remove as removing
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    net, x = Net((False, True, False)).eval(), torch.randn(4, 5)
+    return net, x, resect.find_blocks(net, x)
+
+
+def test_what_is_left_is_a_smaller_model_and_the_original_is_untouched(setup):
+    net, x, blocks = setup
+    before = net(x)
+    small = resect.remove(net, blocks, ["layers.0", "layers.1/b"])
+    assert torch.equal(net(x), before)
+    assert type(small) is Net
+    assert small.resect_plan.names == ["layers.0/a", "layers.1/b"]
+    # By hand: the same net without those two branches.
+    stream = net.stem(x)
+    stream = stream + net.layers[1].a(stream)
+    stream = stream + net.layers[2].a(stream)
+    assert torch.equal(small(x), net.head(stream))
+    assert "layers.0/a" in repr(small)
+
+
+def test_in_place_changes_the_model_itself(setup):
+    net, _x, blocks = setup
+    assert resect.remove(net, blocks, "layers.0", in_place=True) is net
+    assert not list(net.layers[0].parameters())
+
+
+def test_a_failed_proof_returns_nothing_and_leaves_an_in_place_model_whole(setup, monkeypatch):
+    net, x, blocks = setup
+    before, keys = net(x), list(net.state_dict())
+
+    def wrong(self, *args, **kwargs):
+        return args[0] * 0.5 if self.block.name == "layers.0/a" else Absent(0)
+
+    monkeypatch.setattr(removing.Removed, "forward", wrong)
+    with pytest.raises(ProofError, match=r"layers.0/a.*does not give the closed model.*differs by up to"):
+        resect.remove(net, blocks, "layers.0", in_place=True)
+    assert list(net.state_dict()) == keys
+    assert torch.equal(net(x), before)
+
+
+class Gamma(nn.Module):
+    """A raw layer scale between the branch's module and its drop path."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.gamma, self.drop = nn.Linear(4, 4), nn.Parameter(torch.full((4,), 0.5)), nn.Identity()
+
+    def forward(self, x):
+        return x + self.drop(self.f(x) * self.gamma)
+
+
+def test_a_raw_parameter_goes_with_its_branch_and_comes_back_when_loaded(tmp_path):
+    net, x = Gamma(), torch.randn(2, 4)
+    blocks = resect.find_blocks(net, x)
+    assert blocks[0].raw_parameters == ("gamma",)
+    small = resect.remove(net, blocks, blocks.names)
+    assert not small.state_dict()
+    assert torch.equal(small(x), x)
+    resect.save(small, tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", Gamma())(x), x)
+
+
+def test_bad_plans(setup):
+    net, x, blocks = setup
+    with pytest.raises(InputError, match=r"Did you mean 'layers\.2/a'"):
+        resect.remove(net, blocks, ["layers.2/aa"])
+    with pytest.raises(InputError, match="removes nothing"):
+        resect.remove(net, blocks, [])
+    other = Net((False,) * 5)
+    plan = resect.Plan.of(resect.find_blocks(other, x), ["layers.4"])
+    with pytest.raises(InputError, match=r"names blocks that this Net does not have: layers.4/a"):
+        resect.remove(net, blocks, plan)
+    with resect.EpsilonGate(net, blocks, epsilon=1e-6), pytest.raises(AttachError, match="still has EpsilonGate"):
+        resect.remove(net, blocks, "layers.0")
+
+
+def test_a_plan_survives_json_and_damaged_ones_are_refused(setup, tmp_path):
+    _net, _, blocks = setup
+    plan = resect.Plan(tuple(blocks[:2]), by="lesion", scores={"layers.0/a": 0.5}, evidence={"n": [1]}, model="Net")
+    plan.save(tmp_path / "plan.json")
+    assert resect.Plan.load(tmp_path / "plan.json") == plan
+    whole = (tmp_path / "plan.json").read_text()
+    for text in (whole[: len(whole) // 2], "{}", "[]", whole.replace('"version": 1', '"version": 9')):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(FileError, match="Cannot read the plan"):
+            resect.Plan.load(tmp_path / "plan.json")
+    with pytest.raises(FileError, match="No such file"):
+        resect.Plan.load(tmp_path / "nowhere.json")
+
+
+def test_saving_and_loading_refuse_what_is_not_theirs(setup, tmp_path):
+    net, _x, blocks = setup
+    with pytest.raises(InputError, match=r"cut by resect\.remove"):
+        resect.save(net, tmp_path / "cut")
+    small = resect.remove(net, blocks, "layers.0")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileError, match="was not written by Resect"):
+        resect.save(small, tmp_path / "taken")
+    assert (tmp_path / "taken" / "thesis.tex").exists()
+    resect.save(small, tmp_path / "cut")
+    with pytest.raises(InputError, match=r"is not the Net that was cut: no module 'layers\.0\.a'"):
+        resect.load(tmp_path / "cut", nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(InputError, match=r"is \(6, 5\) in the file and \(8, 5\) in the model"):
+        resect.load(tmp_path / "cut", Net((False, True, False), width=8))
+    with pytest.raises(FileError, match=r"has no plan\.json"):
+        resect.load(tmp_path, net)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "plan"])
+def test_damaged_files_are_named(setup, tmp_path, damage):
+    net, _, blocks = setup
+    resect.save(resect.remove(net, blocks, "layers.0"), tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    data = weights.read_bytes()
+    if damage == "truncate":
+        weights.write_bytes(data[:-7])
+    elif damage == "flip":
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (tmp_path / "cut" / "plan.json").write_text('{"format": "something else"}')
+    with pytest.raises(FileError, match=r"is damaged|has no model\.safetensors|Cannot read"):
+        resect.load(tmp_path / "cut", Net((False, True, False)))
+
+
+def test_a_full_disk_leaves_the_old_folder_whole(setup, tmp_path, monkeypatch):
+    net, x, blocks = setup
+    first = resect.remove(net, blocks, "layers.0")
+    resect.save(first, tmp_path / "cut")
+    expected = first(x)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "save_model", full)
+    with pytest.raises(FileError, match="No space left on device"):
+        resect.save(resect.remove(net, blocks, "layers.2"), tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", Net((False, True, False))).eval()(x), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"], "nothing half-written stays behind"
+
+
+def test_saving_again_replaces_the_folder(setup, tmp_path):
+    net, _x, blocks = setup
+    for name in ("layers.0", "layers.2"):
+        small = resect.remove(net, blocks, name)
+        resect.save(small, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "plan.json").read_text())["blocks"][0]["name"] == "layers.2/a"
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_tied_weights_are_stored_once_and_loaded_into_both(tmp_path):
+    class Tied(Net):
+        def __init__(self):
+            super().__init__((False, False), width=5, classes=5)
+            self.head.weight = self.stem.weight
+
+    net, x = Tied().eval(), torch.randn(2, 5)
+    small = resect.remove(net, resect.find_blocks(net, x), "layers.0")
+    resect.save(small, tmp_path / "cut")
+    again = resect.load(tmp_path / "cut", Tied().eval())
+    assert again.head.weight is again.stem.weight
+    assert torch.equal(again(x), small(x))
