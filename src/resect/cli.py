@@ -68,7 +68,7 @@ def find(
     if blocks:
         out.print(table)
     for refusal in blocks.refused:
-        out.print("[yellow]refused[/yellow]", f"{refusal.where}: {refusal.reason}")
+        out.print("[yellow]refused[/yellow]", str(refusal))
 
 
 @app.command()
@@ -270,8 +270,7 @@ def _with_blocks(model: str, option: list[str] | None, data: str | None, limit: 
 
 def _need_blocks(name: str, blocks: Any) -> None:
     if not blocks:
-        reasons = "".join(f"\n  {where.where}: {where.reason}" for where in blocks.refused)
-        raise InputError(f"{name} has no residual blocks that can be closed.{reasons}")
+        raise InputError(f"No residual block of {name} can be closed." + "".join(f"\n  {r}" for r in blocks.refused))
 
 
 def _numbers(text: str) -> list[int]:
@@ -290,7 +289,7 @@ def main() -> None:
         _fail(error)
     except SystemExit as leaving:
         if leaving.code == 130:  # Ctrl-C, which typer turns into this
-            err.print("Interrupted. Nothing half-done was left behind.")
+            err.print("Interrupted.")
         raise
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)

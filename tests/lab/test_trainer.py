@@ -118,7 +118,7 @@ def test_the_method_is_stepped_heard_and_detached(tmp_path):
     made = []
 
     def factory(*arguments):
-        assert arguments[3].shape == (64, 1, 8, 8)
+        assert arguments[3].shape == (256, 1, 8, 8), "one training batch"
         made.append(FakeMethod(*arguments))
         return made[-1]
 

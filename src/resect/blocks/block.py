@@ -80,6 +80,9 @@ class Refusal:
     where: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
 
 Key: TypeAlias = "str | int | ResidualBlock"
 
@@ -211,7 +214,7 @@ class Blocks(Sequence[ResidualBlock]):
             "  ".join(cell[:width].ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>12}"
             for row in rows
         ]
-        lines += [f"refused: {refusal.where}: {refusal.reason}" for refusal in self.refused]
+        lines += [f"refused: {refusal}" for refusal in self.refused]
         return "\n".join([self.summary(), *(lines if len(self) else lines[1:])])
 
     def __repr__(self) -> str:
