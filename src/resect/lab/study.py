@@ -42,10 +42,11 @@ def study_plain(nets: Nets, found: Findings, display: Display) -> None:
     )  # fmt: skip
     found.figures["gradients"] = gradients.rows()
     found.numbers["gradients"] = story.gradient_numbers(gradients)
-    changes = [lesion.value - study.baseline for lesion in study.each]
+    changes = sorted(study.scores.values())
     found.numbers["lesions"] = {
-        "blocks": len(blocks), "baseline_error": study.baseline, "largest_rise": max(changes),
-        "median_rise": sorted(changes)[len(changes) // 2], "by_count": study.by_count(),
+        "blocks": len(blocks), "baseline_error": study.baseline, "largest_rise": changes[-1],
+        "within_half_a_point": sum(change <= 0.5 for change in changes),
+        "most_missed": max(study.scores, key=study.scores.__getitem__), "by_count": study.by_count(),
     }  # fmt: skip
 
 
