@@ -81,6 +81,13 @@ def test_every_way_to_write_a_block(form):
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 0),
         # Two branches side by side, no shortcut: not residual.
         (lambda: OneBlock(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)), 0),
+        # Nor with two linear maps on one side: a re-parametrised convolution.
+        (
+            lambda: OneBlock(
+                lambda m, x: m.a(x) + m.c(m.b(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4)
+            ),
+            0,
+        ),
         # A position table is no branch.
         (lambda: OneBlock(lambda m, x: x + m.table.weight[: len(x)], table=nn.Embedding(9, 4)), 0),
         # A sum without weights of its own is no branch.
@@ -132,6 +139,16 @@ def test_operations_after_the_last_module_leave_closing_and_refuse_scaling():
         assert torch.equal(net(x), x)
     with pytest.raises(resect.ResectError, match="It can be closed"), resect.gates(net, [block]) as g:
         g[0].scale(0.5)
+
+
+def test_additions_inside_the_branch_after_its_last_module_are_swallowed_with_it():
+    net = OneBlock(lambda m, x: x + torch.relu(m.f(x) + 0.5 * x), f=nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    (block,) = resect.find_blocks(net, x)
+    assert block.inner_adds == 1
+    with torch.no_grad(), resect.closed(net, [block]):
+        assert torch.equal(net(x), x)
+    assert torch.equal(resect.remove(net, resect.find_blocks(net, x), block.name)(x), x)
 
 
 def test_a_wrong_choice_of_modules_is_caught_by_the_oracle():

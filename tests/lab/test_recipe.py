@@ -14,7 +14,9 @@ def test_shipped_recipes_build_and_survive_json():
         loaded = recipe.read(name)
         build(loaded.model.name, **loaded.model.options)
         assert recipe.parse(json.loads(json.dumps(loaded.dump()))) == loaded
-    assert recipe.read("digits-epsilon").method == recipe.MethodConfig(epsilon=3.0, skip_muted_after=11)
+    assert recipe.read("digits-epsilon").method == recipe.MethodConfig(
+        epsilon=3.0, skip_muted_after=11, settle_after=198
+    )
     assert recipe.read("digits-plain").method is None
 
 

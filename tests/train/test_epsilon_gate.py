@@ -172,6 +172,37 @@ def test_one_open_micro_batch_makes_the_step_open(setup):
             net.layers[0].a.down.weight.mul_(3)
         net(x)
         assert method.muted_steps() == {first[0].name: 0}
+        method.begin_step()
+        net(x)
+        with torch.no_grad():
+            net.layers[0].a.down.weight.div_(3)
+        net(x)
+        assert method.muted_steps() == {first[0].name: 0}, "in whatever order they come"
+
+
+def test_a_diverged_branch_stays_visible(setup):
+    net, x, blocks = setup
+    with torch.no_grad():
+        net.layers[2].a.down.bias[0] = float("nan")
+    with resect.EpsilonGate(net, blocks, epsilon=1e9, muted_at_start="allow"):
+        assert net(x).isnan().any()
+
+
+def test_looking_at_the_start_moves_no_batch_statistics():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    torch.manual_seed(0)
+    net, x = Normed(), 5 + torch.randn(16, 4)
+    blocks = resect.find_blocks(net, x)
+    before = copy.deepcopy(net.state_dict())
+    resect.EpsilonGate(net, blocks, epsilon=1e-3).attach().detach()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 def test_evaluation_is_gated_too_and_counts_nothing(setup):
@@ -292,3 +323,25 @@ def test_skipping_closes_a_block_once_it_was_muted_for_long_enough(setup):
         assert again.muted_steps()[muted[0]] == 8
     net(x)
     assert len(ran) == 4, "detached, nothing stays closed"
+
+
+def test_settled_nothing_changes_any_more_and_the_rest_is_open(setup):
+    net, x, blocks = setup
+    epsilon = between(responses(net, x, blocks).values())
+    muted = {name for name, value in responses(net, x, blocks).items() if value <= epsilon}
+    method = resect.EpsilonGate(
+        net, blocks, epsilon=epsilon, skip_muted_after=2, settle_after=3, muted_at_start="allow"
+    )
+    with method:
+        for _ in range(4):
+            method.begin_step()
+            net(x)
+        with torch.no_grad():
+            output = net(1e-3 * x), net(x)
+    plan = method.finalize(steps=2)
+    assert set(plan.names) == muted
+    with torch.no_grad(), resect.closed(net, plan.names):
+        assert torch.equal(output[0], net(1e-3 * x)), "open however small the response"
+        assert torch.equal(output[1], net(x))
+    with pytest.raises(InputError, match="settle_after needs skip_muted_after"):
+        resect.EpsilonGate(net, blocks, epsilon=epsilon, settle_after=3)

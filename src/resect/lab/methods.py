@@ -42,9 +42,8 @@ def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.O
     blocks = resect.find_blocks(model, example)
     if config.blocks == "identity":
         blocks = blocks.kind("identity")
-    return resect.EpsilonGate(
-        model, blocks, epsilon=config.epsilon, skip_muted_after=config.skip_muted_after, optimizer=optimizer
-    )
+    options = config.model_dump(exclude={"name", "blocks"})
+    return resect.EpsilonGate(model, blocks, optimizer=optimizer, **options)
 
 
 class NoMethod:

@@ -67,6 +67,7 @@ class MethodConfig(Config):
     name: Literal["epsilon-gate"] = "epsilon-gate"
     epsilon: float = Field(default=3.0, ge=0)
     skip_muted_after: int | None = Field(default=None, ge=1)
+    settle_after: int | None = Field(default=None, ge=1)
     blocks: Literal["all", "identity"] = "all"
 
 

@@ -56,6 +56,9 @@ class EpsilonGate(Method):
     skip_muted_after: close a block for good once it was muted in this many steps running: its branch is
         not computed any more, so that training gets faster as the net gets shallower, and a block that
         hovers around ε is settled. None (the paper): every block can reopen at any time.
+    settle_after: from this training step on nothing changes any more: blocks closed by
+        ``skip_muted_after`` stay closed, all others are open without a gate, and what is trained to the end
+        is the net that remains after cutting. None (the paper): gated to the end.
     optimizer: if given, a forgotten ``begin_step()`` is noticed.
     muted_at_start: ``"raise"`` refuses a model some of whose branches are muted before training starts
         (zero-initialised ones would stay muted for ever); ``"allow"`` is for a trained model.
@@ -82,12 +85,16 @@ class EpsilonGate(Method):
         *,
         epsilon: float = 2.5,
         skip_muted_after: int | None = None,
+        settle_after: int | None = None,
         optimizer: Optimizer | None = None,
         muted_at_start: Literal["raise", "allow"] = "raise",
     ) -> None:
         check_number("epsilon", epsilon, 0)
-        if skip_muted_after is not None:
-            check_number("skip_muted_after", skip_muted_after, 1)
+        for name, value in (("skip_muted_after", skip_muted_after), ("settle_after", settle_after)):
+            if value is not None:
+                check_number(name, value, 1)
+        if settle_after is not None and skip_muted_after is None:
+            raise InputError("settle_after needs skip_muted_after: it says which blocks stay closed.")
         if muted_at_start not in ("raise", "allow"):
             raise unknown("muted_at_start", muted_at_start, ("raise", "allow"))
         super().__init__(model, blocks, optimizer)
@@ -99,6 +106,7 @@ class EpsilonGate(Method):
             )
         self.epsilon = float(epsilon)
         self.skip_muted_after = skip_muted_after
+        self.settle_after = settle_after
         self.muted_at_start = muted_at_start
         count = len(self.blocks)
         # One row per block, on the model's device, so that a step never waits for a copy to the host.
@@ -117,11 +125,16 @@ class EpsilonGate(Method):
         self._skip(gates)
 
     def _skip(self, gates: Gates) -> None:
-        """Close the blocks that were muted for long enough."""
-        if self.skip_muted_after is not None:
-            for gate, run in zip(gates, self._run.tolist(), strict=True):
-                if run >= self.skip_muted_after and not gate.is_closed:
+        """Close the blocks that were muted for long enough; once settled, take the gate off the others."""
+        if self.skip_muted_after is None:
+            return
+        settled = self.settle_after is not None and self.steps >= self.settle_after
+        for gate, run in zip(gates, self._run.tolist(), strict=True):
+            if run >= self.skip_muted_after:
+                if not gate.is_closed:
                     gate.close()
+            elif settled and gate.state != "open":
+                gate.open()
 
     def _check_start(self, gates: Gates, example: Example) -> None:
         """Raise if a branch is so far below ε that no batch will open it; warn if one is just below."""
