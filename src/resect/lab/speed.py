@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from resect.report.cost import latency
 SPEED_MODELS = ("timm:resnet50", "timm:vit_small_patch16_224")
 
 
-def measure_speed(found: Findings, display: Display, models: Sequence[str] = SPEED_MODELS, rounds: int = 15) -> None:
+def measure_speed(found: Findings, display: Display) -> None:
     """Time models with random weights: as they are, with every second block closed, with those removed."""
     chain, speed = [], []
-    for count, name in enumerate(models):
-        display.steps("models timed", count, len(models))
+    for count, name in enumerate(SPEED_MODELS):
+        display.steps("models timed", count, len(SPEED_MODELS))
         torch.manual_seed(0)
         model = registry.build(name).eval()
         example = torch.randn(1, *registry.input_size(name, model))
@@ -44,9 +43,9 @@ def measure_speed(found: Findings, display: Display, models: Sequence[str] = SPE
             variants: dict[str, Any] = {
                 "full": (model, example), "half closed": closed, "half removed": (small, example)
             }  # fmt: skip
-            rows = latency(variants, rounds=rounds)
+            rows = latency(variants)
         speed += [row | {"model": name.partition(":")[2], "batch": 1} for row in rows]
-    display.steps("models timed", len(models), len(models))
+    display.steps("models timed", len(SPEED_MODELS), len(SPEED_MODELS))
     found.figures["chain"], found.figures["speed"] = chain, speed
 
 

@@ -18,13 +18,13 @@ from resect.lab.models import CifarResNet
 def study_plain(nets: Nets, found: Findings, display: Display) -> None:
     """Delete each block and k blocks at random; count paths; split the gradient by path length."""
     blocks = resect.find_blocks(nets.plain, nets.example)
-    counts = [1, 2, 4, 8, 12, 16, 20, 27]
+    counts = [count for count in (1, 2, 4, 8, 12, 16, 20, 27) if count <= len(blocks)]
     study = resect.lesion_study(
         nets.plain, blocks, in_batches(nets.images, nets.labels, 128), random_counts=counts,
         progress=partial(display.steps, "lesions"),
     )  # fmt: skip
     found.figures["lesion_each"] = [
-        {"net": "54 blocks with shortcuts", "index": blocks[name].index, "name": name,
+        {"net": "54 blocks", "index": blocks[name].index, "name": name,
          "stage": blocks[name].owner.partition(".")[0], "error": lesion.value / 100, "baseline": study.baseline / 100,
          "shortcut": blocks[name].shortcut, "chance": 0.9}
         for lesion in study.each for name in lesion.closed
@@ -53,7 +53,7 @@ def study_plain(nets: Nets, found: Findings, display: Display) -> None:
 def study_contrasts(nets: Nets, found: Findings) -> None:
     """Delete layers of the small net with and without shortcuts."""
     rows = found.figures["lesion_each"]
-    for name, label in (("contrast-shortcuts", "9 blocks with shortcuts"), ("contrast-none", "9 layers, no shortcuts")):
+    for name, label in (("contrast-shortcuts", "9 blocks"), ("contrast-none", "9 layers, no shortcuts")):
         model, _, _ = runs.open_run(nets.folders[name])
         baseline = evaluate(model, nets.images, nets.labels)
         assert isinstance(model, CifarResNet)
