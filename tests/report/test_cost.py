@@ -1,10 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from resect.blocks.example import Example
 from resect.errors import InputError
 from resect.report import cost
 
@@ -54,7 +53,7 @@ def test_flops_leave_modes_and_buffers_alone() -> None:
 
 def test_examples_of_every_form() -> None:
     model, x = nn.Linear(4, 2), torch.randn(3, 4)
-    for example in (x, (x,), {"input": x}, SimpleNamespace(args=(x,), kwargs={})):
+    for example in (x, (x,), {"input": x}, Example(args=(x,), kwargs={})):
         assert cost.count_flops(model, example) == 48
         assert cost.latency({"a": (model, example)}, rounds=2, at_least_ms=0)[0]["batch"] == 3
 

@@ -125,11 +125,6 @@ class Blocks(Sequence[ResidualBlock]):
     def __iter__(self) -> Iterator[ResidualBlock]:
         return iter(self._items)
 
-    def __add__(self, other: Blocks) -> Blocks:
-        """Join two selections of one model, in order of execution, each block once."""
-        merged = {block.name: block for block in (*self, *other)}
-        return self._with(sorted(merged.values(), key=lambda block: block.index))
-
     def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
         return Blocks(items, model=self.model, refused=self.refused, example=self.example)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from resect.blocks.example import Example
 from resect.blocks.modes import kept_modes
 from resect.errors import InputError
 
@@ -30,7 +31,7 @@ def count_flops(model: nn.Module, example: Any) -> int:
     normalisation, activations and additions are not counted.
     """
     with kept_modes(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(model.eval(), example)
+        Example.of(example).run(model.eval())
     return int(counter.get_total_flops())
 
 
@@ -78,36 +79,11 @@ def latency(
     return rows
 
 
-def call(model: nn.Module, example: Any) -> Any:
-    """``model`` on an example: a tensor, a tuple of arguments, a mapping of keywords, or an ``Example``."""
-    if hasattr(example, "args") and hasattr(example, "kwargs"):
-        return model(*example.args, **example.kwargs)
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors of an example, in order."""
-    found: list[torch.Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None, _plain(value))
-    return found
-
-
-def _plain(example: Any) -> Any:
-    """An example as (args, kwargs), which a tree walk understands."""
-    if hasattr(example, "args") and hasattr(example, "kwargs"):
-        return tuple(example.args), dict(example.kwargs)
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
 def _batch(variant: Any, batch: int | None) -> int | None:
     """The batch size a variant runs at: as asked, or the first dimension of its first tensor."""
     if batch is not None or not isinstance(variant, tuple):
         return batch
-    return next((tensor.shape[0] for tensor in _tensors(variant[1]) if tensor.dim()), None)
+    return next((tensor.shape[0] for tensor in Example.of(variant[1]).tensors() if tensor.dim()), None)
 
 
 def _bind(variant: Any, batch: int | None) -> Callable[[], Any]:
@@ -115,7 +91,7 @@ def _bind(variant: Any, batch: int | None) -> Callable[[], Any]:
     if not isinstance(variant, tuple):
         return variant
     model, example = variant
-    args, kwargs = _plain(example)
+    args, kwargs = Example.of(example).args, dict(Example.of(example).kwargs)
     size = _batch(variant, None)
     if batch is not None and size is not None:
 

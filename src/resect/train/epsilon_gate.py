@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resect.blocks.example import Example
+from resect.blocks.example import Example, device_of
 from resect.blocks.gate import Gates, Which, check_number
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.blocks.response import largest_response, watch
 from resect.errors import AttachError, InputError, unknown
-from resect.train.method import Method, is_recomputing, on_device_of
+from resect.train.method import Method, is_recomputing
 
 
 def epsilon_gate(branch: Tensor, epsilon: float) -> Tensor:
@@ -108,13 +108,13 @@ class EpsilonGate(Method):
         self.skip_muted_after = skip_muted_after
         self.settle_after = settle_after
         self.muted_at_start = muted_at_start
-        count = len(self.blocks)
+        count, device = len(self.blocks), device_of(model)
         # One row per block, on the model's device, so that a step never waits for a copy to the host.
         self._counted_steps = 0
-        self._muted_now = on_device_of(model, torch.zeros(count, dtype=torch.bool))
-        self._seen = on_device_of(model, torch.zeros(count, dtype=torch.bool))
-        self._run = on_device_of(model, torch.zeros(count, dtype=torch.long))
-        self._largest = on_device_of(model, torch.zeros(count))
+        self._muted_now = torch.zeros(count, dtype=torch.bool, device=device)
+        self._seen = torch.zeros(count, dtype=torch.bool, device=device)
+        self._run = torch.zeros(count, dtype=torch.long, device=device)
+        self._largest = torch.zeros(count, device=device)
 
     def _arm(self, gates: Gates) -> None:
         if self.epsilon and self.muted_at_start == "raise" and not self.steps and self.blocks.example:

@@ -119,13 +119,6 @@ class Method:
         """Do what a new optimizer step asks for."""
 
 
-def on_device_of(model: nn.Module, tensor: Tensor) -> Tensor:
-    """Move a tensor to the model's device."""
-    for parameter in model.parameters():
-        return tensor.to(parameter.device)
-    return tensor
-
-
 def is_recomputing() -> bool:
     """Whether this forward pass is a recomputation inside a backward pass (gradient checkpointing)."""
     return torch._C._current_graph_task_id() != -1
