@@ -29,7 +29,7 @@ def test_a_file_is_replaced_or_stays(tmp_path, monkeypatch):
 
 
 def write(folder, text):
-    with files.whole_folder(folder, marker="mark") as work:
+    with files.whole_folder(folder, own=("mark",)) as work:
         (work / "mark").write_text(text)
 
 
@@ -38,7 +38,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path, monkeypatch):
     write(folder, "old")
     write(folder, "new")
     assert (folder / "mark").read_text() == "new"
-    with pytest.raises(ZeroDivisionError), files.whole_folder(folder, marker="mark") as work:
+    with pytest.raises(ZeroDivisionError), files.whole_folder(folder, own=("mark",)) as work:
         print(1 // 0, file=(work / "mark").open("w"))
     assert (folder / "mark").read_text() == "new"
     replace, calls = os.replace, []
@@ -59,13 +59,13 @@ def test_a_folder_is_replaced_or_stays(tmp_path, monkeypatch):
 def test_somebody_elses_folder_is_not_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("work")
-    with pytest.raises(FileError, match="was not written by Resect"):
+    with pytest.raises(FileError, match=r"holds 'a\.tex', not written here"):
         write(tmp_path / "thesis", "x")
     assert (tmp_path / "thesis" / "a.tex").exists()
 
 
 def test_an_error_of_the_work_itself_is_passed_on(tmp_path):
-    with pytest.raises(FileNotFoundError), files.whole_folder(tmp_path / "out", marker="mark"):
+    with pytest.raises(FileNotFoundError), files.whole_folder(tmp_path / "out", own=("mark",)):
         (tmp_path / "nowhere").read_text()
     assert not list(tmp_path.iterdir())
 

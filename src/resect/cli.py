@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +123,7 @@ def lesion(
     import resect
     from resect.lab.data import in_batches
     from resect.lab.display import progress_bar
+    from resect.lab.open import whole_numbers
     from resect.report.rows import write_rows
 
     opened, blocks, images, labels = _with_blocks(model, option, data, limit)
@@ -131,7 +133,7 @@ def lesion(
             blocks,
             in_batches(images, labels, 128),
             metric=metric,
-            random_counts=_numbers(counts),
+            random_counts=whole_numbers(counts),
             draws=draws,
             seed=seed,
             progress=partial(display.steps, "lesions"),
@@ -265,6 +267,8 @@ def _with_blocks(model: str, option: list[str] | None, data: str | None, limit: 
     _need_blocks(opened.name, blocks)
     if opened.recipe is None:
         err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
+    elif opened.recipe.method is not None:
+        err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
     return opened, blocks, images, labels
 
 
@@ -273,16 +277,10 @@ def _need_blocks(name: str, blocks: Any) -> None:
         raise InputError(f"No residual block of {name} can be closed." + "".join(f"\n  {r}" for r in blocks.refused))
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise InputError(f"--random {text!r} must be whole numbers with commas between: 1,2,4.") from None
-
-
 def main() -> None:
     """Run the command; a mistake of the user's ends in one message and exit code 1, Ctrl-C in 130."""
     logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *_: err.print("[yellow]Warning:[/yellow]", Text(str(message)))
     try:
         app()
     except ResectError as error:

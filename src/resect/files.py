@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from resect.errors import FileError
+from resect.errors import FileError, quoted
 
 # What the place to write to can be blamed for; any other OSError comes from the work itself.
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
@@ -49,13 +50,19 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, marker: str = "plan.json") -> Iterator[Path]:
+def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     """Give a temporary folder to fill; it takes the place of ``path`` only if the body succeeds.
 
-    Only a folder that is empty, or was written this way before (it holds ``marker``), is replaced.
+    ``own`` are patterns of the names it may hold: a folder with anything else in it is not replaced.
     """
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).exists())):
-        raise FileError(f"{str(path)!r} exists and was not written by Resect; choose another place or remove it first.")
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{str(path)!r} is a file. Choose another place.")
+    there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)]
+    if foreign:
+        raise FileError(
+            f"{str(path)!r} holds {quoted(foreign)}, not written here. Choose another place or an empty one."
+        )
     _make_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

@@ -129,3 +129,22 @@ def test_a_loss_that_is_not_a_scalar_is_refused():
     net, blocks, x, y = setup((False,))
     with pytest.raises(InputError, match="must return a scalar"):
         resect.path_gradients(net, blocks, (x, y), lambda output, target: output.sum(dim=1))
+
+
+@pytest.mark.core
+def test_a_place_that_cannot_be_seen_is_refused_and_the_input_works():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.f, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.f(torch.relu(x)))
+
+    torch.manual_seed(0)
+    net, x, y = Functional(), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    blocks = resect.find_blocks(net, x)
+    with pytest.raises(InputError, match="cannot be seen"):
+        resect.path_gradients(net, blocks, (x, y), summed, samples=0)
+    assert (resect.path_gradients(net, blocks, (x, y), summed, samples=5, at="input").norm_of_sum > 0).all()

@@ -203,3 +203,57 @@ def test_an_unknown_way_to_verify_is_refused():
     with pytest.raises(InputError, match="Did you mean 'joint'"):
         resect.find_blocks(nn.Linear(3, 3), torch.randn(2, 3), verify="join")
     assert len(resect.find_blocks(Net(), torch.randn(2, 5), verify="each")) == 3
+
+
+def test_values_are_compared_nan_by_nan():
+    nan, zero = torch.full((2,), float("nan")), torch.zeros(2)
+    assert verify.compare(zero, nan)
+    assert verify.compare(torch.tensor([float("inf")]), torch.tensor([torch.finfo(torch.float32).max]))
+    assert not verify.compare(nan, nan.clone())
+
+
+def test_a_zero_initialised_head_hides_nothing():
+    """Closing this block leaves the 1 behind, which only shows before the head."""
+    net = OneBlock(lambda m, x: m.h(x + (m.f(x) + 1.0)), f=nn.Linear(4, 4), h=nn.Linear(4, 4))
+    nn.init.zeros_(net.h.weight)
+    assert not resect.find_blocks(net, torch.randn(3, 4))
+
+
+def test_an_output_kept_in_a_buffer_of_the_models_own_is_not_mistaken_for_a_result():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+            self.register_buffer("last", torch.zeros(3, 4))
+
+        def forward(self, x):
+            return self.last.copy_(x + (self.f(x) + 1.0))
+
+    assert not resect.find_blocks(Buffered(), torch.randn(3, 4))
+
+
+def test_in_place_dropout_on_the_sum_does_not_reach_the_shortcut_in_train_mode():
+    net = OneBlock(
+        lambda m, x: (lambda h: m.drop(h + m.f(h)) + h)(x * 1.0), f=nn.Linear(4, 4), drop=nn.Dropout(0.5, inplace=True)
+    )
+    x = torch.randn(64, 4)
+    blocks = resect.find_blocks(net, x)
+    net.train()
+    with resect.closed(net, blocks.select([blocks.names[0]])):
+        torch.manual_seed(0)
+        output = net(x)
+    torch.manual_seed(0)
+    assert torch.allclose(output, nn.functional.dropout(x, 0.5) + x)
+
+
+def test_a_module_made_in_forward_is_passed_through():
+    net = OneBlock(lambda m, x: x + m.g(nn.ReLU()(m.f(x))), f=nn.Linear(4, 4), g=nn.Linear(4, 4))
+    (block,) = resect.find_blocks(net, torch.randn(3, 4))
+    assert block.modules == ("f", "g")
+
+
+def test_a_model_with_gates_attached_is_refused():
+    net, x = Net(), torch.randn(2, 5)
+    blocks = resect.find_blocks(net, x)
+    with resect.closed(net, blocks[:1]), pytest.raises(resect.ResectError, match="still has gates attached"):
+        resect.find_blocks(net, x)

@@ -119,7 +119,7 @@ def test_saving_and_loading_refuse_what_is_not_theirs(setup, tmp_path):
     small = resect.remove(net, blocks, "layers.0")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileError, match="was not written by Resect"):
+    with pytest.raises(FileError, match=r"holds 'thesis\.tex', not written here"):
         resect.save(small, tmp_path / "taken")
     assert (tmp_path / "taken" / "thesis.tex").exists()
     resect.save(small, tmp_path / "cut")
@@ -186,3 +186,37 @@ def test_tied_weights_are_stored_once_and_loaded_into_both(tmp_path):
     again = resect.load(tmp_path / "cut", Tied().eval())
     assert again.head.weight is again.stem.weight
     assert torch.equal(again(x), small(x))
+
+
+def test_a_model_is_cut_again_and_again_and_still_loads(setup, tmp_path):
+    net, x, blocks = setup
+    once = resect.remove(net, blocks, "layers.0")
+    twice = resect.remove(once, resect.find_blocks(once, x), "layers.2")
+    assert twice.resect_plan.names == ["layers.0/a", "layers.2/a"]
+    resect.save(twice, tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", Net((False, True, False)).eval())(x), twice(x))
+
+
+def test_weights_that_would_change_on_loading_are_refused(setup, tmp_path):
+    net, _, blocks = setup
+    resect.save(resect.remove(net, blocks, "layers.0"), tmp_path / "cut")
+    for other in (Net((False, True, False)).half(), Net((False, True, False)).to("meta")):
+        with pytest.raises(InputError, match=r"did not survive loading|on the meta device"):
+            resect.load(tmp_path / "cut", other)
+
+
+class Left(nn.Module):
+    """A raw layer scale on the left of the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.full((4,), 0.5))
+
+    def forward(self, x):
+        return x + self.gamma * self.f(x)
+
+
+def test_a_raw_parameter_left_of_its_branch():
+    net, x = Left(), torch.randn(2, 4)
+    blocks = resect.find_blocks(net, x)
+    assert torch.equal(resect.remove(net, blocks, blocks.names)(x), x)

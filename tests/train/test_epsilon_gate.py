@@ -345,3 +345,24 @@ def test_settled_nothing_changes_any_more_and_the_rest_is_open(setup):
         assert torch.equal(output[1], net(x))
     with pytest.raises(InputError, match="settle_after needs skip_muted_after"):
         resect.EpsilonGate(net, blocks, epsilon=epsilon, settle_after=3)
+
+
+def test_looking_at_the_counts_within_a_step_counts_nothing_twice(setup):
+    net, x, blocks = setup
+    with resect.EpsilonGate(net, blocks, epsilon=1e9, muted_at_start="allow") as method:
+        for _ in range(3):
+            method.begin_step()
+            for _ in range(4):
+                net(x)
+                method.metrics()
+                method.state_dict()
+        assert set(method.muted_steps().values()) == {3}
+
+
+def test_a_branch_end_frozen_in_eval_mode_is_counted(setup):
+    net, x, blocks = setup
+    net.layers[0].a.eval()
+    with resect.EpsilonGate(net, blocks, epsilon=1e9, muted_at_start="allow") as method:
+        method.begin_step()
+        net(x)
+        assert set(method.muted_steps().values()) == {1}

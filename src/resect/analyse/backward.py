@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from resect.blocks.block import Blocks
-from resect.blocks.example import forward_batch
+from resect.blocks.example import Example
 from resect.blocks.modes import kept_modes
 from resect.errors import InputError
 
@@ -42,13 +42,13 @@ def loss_and_place(
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
             raise InputError("at='input' needs a floating-point input tensor; use at='first'.")
         inputs = inputs.detach().requires_grad_()
-        loss = scalar_loss(loss_fn, forward_batch(model, (inputs, target)), target)
+        loss = scalar_loss(loss_fn, Example.of(inputs).run(model), target)
         seen.append(inputs)
     else:
         block = blocks[0] if at == "first" else blocks[at]
         hook = model.get_submodule(block.modules[0]).register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
         try:
-            loss = scalar_loss(loss_fn, forward_batch(model, (inputs, target)), target)
+            loss = scalar_loss(loss_fn, Example.of(inputs).run(model), target)
         finally:
             hook.remove()
     return loss, seen[0]
@@ -77,7 +77,7 @@ def mean_factor(model: nn.Module, inputs: Any, target: Tensor, loss_fn: Any) -> 
     if size == 1:
         return 1.0
     with torch.no_grad():
-        output = forward_batch(model, (inputs, target))
+        output = Example.of(inputs).run(model)
         twice = tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), output)
         once = float(scalar_loss(loss_fn, output, target))
         doubled = float(scalar_loss(loss_fn, twice, torch.cat([target, target])))

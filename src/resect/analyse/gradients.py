@@ -116,6 +116,11 @@ def path_gradients(
             ],
             dim=1,
         )
+        if not exact[0].any():
+            raise InputError(
+                f"What enters block {at!r} cannot be seen: its branch begins with an operation outside any module. "
+                "Use at='input', or the name of a block whose branch begins with a module."
+            )
         if samples:
             drawn = sample_path_gradients(model, blocks, inputs, target, loss_fn, at, counts, samples, seed, progress)
             norms = [[value * factor for value in values] for values in drawn]

@@ -39,6 +39,8 @@ class InFlight:
         kwargs = kwargs or {}
         values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, InFlight)]
         name = getattr(func, "__name__", "")
+        if "out" in kwargs:
+            raise AbsentError(f"the model writes {name!r} of a branch's value into a tensor of its own (out=)")
         if name in _ADDITIONS and len(args) >= 2 and kwargs.get("alpha", 1) == 1:
             return values[0].meet(*args[:2])
         return values[0].pass_through(func, args, kwargs)
@@ -112,13 +114,15 @@ class Absent(InFlight):
             raise AbsentError(f"a closed branch's value was not computed, but the model asks for its {name!r}")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
-    def _operate(self, *_: Any) -> Absent:
-        return self
+    def _operate(self, *others: Any) -> Absent:
+        return min((self, *(other for other in others if isinstance(other, Absent))), key=lambda absent: absent.pending)
 
     __mul__ = __rmul__ = __imul__ = __truediv__ = __itruediv__ = __matmul__ = __neg__ = __getitem__ = _operate
 
-    def __iter__(self) -> Any:
-        raise AbsentError("a closed branch's value was not computed, but the model unpacks it")
+    def _decide(self, *_: Any) -> Any:
+        raise AbsentError("a closed branch's value was not computed, but the model unpacks it or decides by it")
+
+    __iter__ = __bool__ = __len__ = __float__ = __int__ = __lt__ = __le__ = __gt__ = __ge__ = _decide
 
     def __repr__(self) -> str:
         return "Absent()"
@@ -145,6 +149,14 @@ class Joining(InFlight):
         for branch, join in self.terms:
             other = join(other, branch)
         return other
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(torch.Tensor, name, None)
+        if name.startswith("__") or name == "terms" or len(self.terms) != 1:
+            raise AttributeError(name)
+        if callable(method):
+            return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+        return getattr(self.terms[0][0], name)
 
     def pass_through(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Apply the operation to the branch end itself, and go on waiting."""

@@ -14,7 +14,7 @@ from resect.blocks.trace import Call
 _VIEWS = frozenset(
     "aten::" + op
     for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
-               "clone", "contiguous", "alias", "detach", "flatten", "slice", "select")
+               "clone", "contiguous", "alias", "detach", "flatten",  "select")
 )  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def _candidate(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> C
     used = graph.parameters(term.nodes)
     inside = tuple(f"{call.name}." for call in calls)
     raw = tuple(sorted(name for name in used if not name.startswith(inside)))
-    shared = [name for name in raw if graph.parameters_users(name) - term.nodes]
+    own = (*raw, *(name for name in sizes if name.startswith(inside)))
+    shared = [name for name in own if graph.parameters_users(name) - term.nodes]
     if shared:
         raise _Refused(f"parameter {shared[0]!r} is also used outside the branch")
     modules = list({call.name: call for call in calls}.values())
@@ -102,6 +103,8 @@ def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
     own = {call.index: _all_nodes(graph, call) for call in calls}
 
     def lies_inside(call: Call) -> bool:
+        if call.name == "?":  # made inside forward: nothing to intercept; it passes an Absent on
+            return False
         nodes = own[call.index]
         if nodes:
             return all(node in inside for node in nodes)

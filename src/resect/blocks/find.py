@@ -9,7 +9,7 @@ from torch import nn
 from resect.blocks.block import Blocks
 from resect.blocks.branch import describe
 from resect.blocks.example import Example
-from resect.blocks.gate import remember
+from resect.blocks.gate import check_detached, remember
 from resect.blocks.graph import Graph
 from resect.blocks.sums import find_terms
 from resect.blocks.trace import quiet, trace
@@ -41,6 +41,7 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
     Raises
     ------
     InputError: the example does not fit the model (the model's own error is the cause).
+    AttachError: a gate or a method is attached to the model.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"find_blocks needs a torch.nn.Module, not {type(model).__name__}.")
@@ -50,6 +51,7 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
         )
     if verify not in ("joint", "each"):
         raise unknown("way to verify", verify, ("joint", "each"))
+    check_detached(model)
     sample = Example.of(example)
     with quiet(model):
         _run_once(model, sample)

@@ -140,3 +140,12 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         span = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise InputError(f"{name} must be a number {span}, but is {value!r}.")
+
+
+def check_detached(model: nn.Module) -> None:
+    """Raise if any gate is attached to the model."""
+    held = sorted({gate.holder for m in model.modules() if PORT in m.__dict__ for gate in m.__dict__[PORT].gates})
+    if held:
+        raise AttachError(
+            f"This model still has {', '.join(held)} attached. Detach first: leave the `with`, or .detach()."
+        )

@@ -116,9 +116,10 @@ class Port:
         self.pending: float = block.inner_adds if self.is_end or last else float("inf")
         self.gates: list[Gate] = []
 
-    def absent(self) -> Any:
+    def absent(self, training: bool) -> Any:
         """Build what the module returns while its block is closed."""
-        return absent_like(self.template, self.pending, self.block.clone)
+        # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
+        return absent_like(self.template, self.pending, self.block.clone or training)
 
     def finish(self, output: Any) -> Any:
         """Let every gate act on the branch end inside ``output``."""
@@ -154,7 +155,7 @@ class Intercepted:
             if gate.is_closed:
                 if not compiling:
                     gate.served = True
-                return port.absent()
+                return port.absent(self.training)  # type: ignore[attr-defined]
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         return port.finish(output) if port.is_end else output
 

@@ -76,6 +76,7 @@ def is_addition(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         func._schema.name in ADDITIONS
         and len(args) == 2
         and all(isinstance(arg, Tensor) for arg in args)
+        and "out" not in kwargs
         and kwargs.get("alpha", 1) == 1
     )
 

@@ -48,7 +48,7 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> Path:
     target = folder / f"{PREFIX}{number:06d}"
     for stale in folder.glob(f".{PREFIX}*.tmp"):  # left by a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
-    with whole_folder(target, marker="state.json") as partial:
+    with whole_folder(target, own=("state.json", "tensors.safetensors")) as partial:
         (partial / "tensors.safetensors").write_bytes(content)
         (partial / "state.json").write_text(json.dumps(record), encoding="utf-8")
     for old in folder.glob(f"{PREFIX}[0-9]*"):

@@ -26,7 +26,7 @@ FOLDS = 5
 
 def cross_validate(folder: Path, display: Display, *, epochs: int = 25, seed: int = 0) -> Path:
     """Train plain, gated and from-scratch nets on each fold; report paired differences with 95 % intervals."""
-    with whole_folder(folder, marker="report.json") as work:
+    with whole_folder(folder, own=("report.*", "metrics.json", "gated-*", "plain-*", "scratch-*")) as work:
         rows = []
         display.stage(f"Train {3 * FOLDS} nets, two at a time")
         with pool(2, display.steps) as jobs:

@@ -24,6 +24,7 @@ from resect.lab.weigh import cut_and_prove
 from resect.report.html import write_data, write_report
 from resect.report.provenance import provenance
 
+OWN = ("report.*", "metrics.json", "data", "figures", "runs", "cut")
 NETS = ("plain", "gated", "contrast-shortcuts", "contrast-none", "from-scratch")
 
 
@@ -32,7 +33,7 @@ def demo(folder: Path, display: Display, *, epochs: int = 25, seed: int = 0) -> 
 
     The folder appears whole at the end, or not at all.
     """
-    with whole_folder(folder, marker="report.json") as work:
+    with whole_folder(folder, own=OWN) as work:
         found = Findings()
         display.stage("Find the blocks of a ResNet-50 and a ViT, and time them with half the blocks closed")
         measure_speed(found, display)

@@ -34,12 +34,12 @@ class Opened:
     folder: Path | None = None
 
     def example(self, size: int | None = None) -> Tensor:
-        """Return a batch to find blocks with: training images where there are any, else noise (1, C, H, W)."""
+        """Return a batch to find blocks with: training images where there are any, else noise (2, C, H, W)."""
         if self.data is not None:
             return normalize(self.data.train.images[:64], *mean_std(self.data.train))
         channels, height, width = registry.input_size(self.name, self.model)
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(1, channels, size or height, size or width, generator=generator)
+        return torch.randn(2, channels, size or height, size or width, generator=generator)
 
     def test_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (images, labels) of the test split, normalised as in training."""
@@ -70,7 +70,13 @@ def open_model(name: str, options: Sequence[str] = (), data: str | None = None) 
     if looks_like_path:
         if options:
             raise InputError("Options go with a model by name; a folder says itself how its model was built.")
-        return _open_cut(folder) if (folder / "base.json").exists() else _open_run(folder)
+        if (folder / "base.json").exists():
+            return _open_cut(folder)
+        if (folder / "plan.json").exists() and not (folder / "recipe.json").exists():
+            raise FileError(
+                f"{name!r} is a cut model saved from Python: load it there with resect.load({name!r}, model)."
+            )
+        return _open_run(folder)
     values = dict(_read_option(option) for option in options)
     images = load_data(data) if data else None
     if images is not None:
@@ -122,14 +128,16 @@ def choose_plan(
         raise InputError("Nothing says which blocks to cut. Give --blocks N, --names a,b or --plan FILE.")
     plan = Plan.load(file or own)  # type: ignore[arg-type]
     if not plan.blocks:
-        raise InputError("This plan cuts nothing: no block was muted in every step of the last epochs.")
+        raise InputError(
+            "This plan cuts nothing: no block was muted in every step of the last epochs. "
+            "Train longer, or cut the blocks that are missed least: --blocks N."
+        )
     return plan
 
 
 def save_cut(small: nn.Module, folder: Path, source: Opened) -> None:
     """Save a cut model, with what is needed to build the uncut one again where that is known."""
-    base = None if source.recipe is None else json.dumps(source.recipe.dump(), indent=1)
-    resect.save(small, folder, extra={} if base is None else {"base.json": base})
+    resect.save(small, folder, base=None if source.recipe is None else source.recipe.dump())
 
 
 def _read_option(text: str) -> tuple[str, Any]:
@@ -140,3 +148,11 @@ def _read_option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Read ``1,2,4``."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{text!r} must be whole numbers with commas between: 1,2,4.") from None

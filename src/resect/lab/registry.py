@@ -56,6 +56,7 @@ def input_size(name: str, model: nn.Module) -> tuple[int, int, int]:
 def _build_cifar(name: str, options: dict[str, Any]) -> nn.Module:
     family, _, depth = name.rpartition("-")
     if family not in CIFAR_FAMILIES or not depth.isdecimal():
+        _suggest_library(name)
         raise unknown("model", name, [*CIFAR_NAMES, "timm:NAME", "torchvision:NAME"])
     check_all(filter(None, [depth_problem(int(depth))]), f"Model {name!r}")
     fixed = ("depth", "preactivation")  # both are in the name
@@ -63,6 +64,17 @@ def _build_cifar(name: str, options: dict[str, Any]) -> nn.Module:
     wrong = [option for option in options if option not in valid]
     check_all((str(unknown("option", option, valid)) for option in wrong), f"Model {name!r}")
     return cifar_resnet(int(depth), preactivation=family == "cifar-preresnet", **options)
+
+
+def _suggest_library(name: str) -> None:
+    """Raise with the right prefix if ``name`` is a model of timm or torchvision without it, or with it misspelt."""
+    import timm
+    from torchvision import models
+
+    bare = name.rpartition(":")[2]
+    known = [f"torchvision:{bare}"] * (bare in models.list_models()) + [f"timm:{bare}"] * timm.is_model(bare)
+    if known:
+        raise InputError(f"Unknown model {name!r}. Did you mean {' or '.join(map(repr, known))}?")
 
 
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:

@@ -46,7 +46,7 @@ def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     if last is None:
         return None
     if not resume:
-        raise InputError(f"{folder} holds a run already: resume it, choose another folder, or delete it.")
+        raise InputError(f"{folder} holds a run already: resume it (--resume), choose another folder, or delete it.")
     saved = checkpoint.load(last)
     changes = list(differences(parse(saved["recipe"], f"The recipe in {last}"), recipe))
     check_all(changes, f"{folder} holds a run of another recipe, which cannot be resumed")

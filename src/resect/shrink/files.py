@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from resect import __version__
+from resect.blocks.gate import check_detached
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, sha256_of, whole_folder
-from resect.shrink.remove import check_detached, take_out
+from resect.shrink.remove import take_out
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
+BASE = "base.json"
 
 
-def save(small: nn.Module, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
+def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None = None) -> None:
     """Write a cut model to a folder: ``model.safetensors`` and ``plan.json``.
 
     The folder appears whole or not at all; an earlier one at the same place is replaced only then.
-    ``extra`` are text files that go with it: ``{name: text}``.
+    ``base`` is JSON that says how to build the uncut model, kept beside it in ``base.json``.
 
     Raises
     ------
@@ -39,13 +41,13 @@ def save(small: nn.Module, path: str | Path, *, extra: Mapping[str, str] | None 
             "Save an uncut model with safetensors.torch.save_model."
         )
     check_detached(small)
-    with whole_folder(Path(path)) as folder:
+    with whole_folder(Path(path), own=(WEIGHTS, PLAN, BASE)) as folder:
         save_model(small, str(folder / WEIGHTS))
         files = {WEIGHTS: sha256_of(folder / WEIGHTS)}
         document = {**plan.to_json(), "resect": __version__, "files": files}
         (folder / PLAN).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for name, text in (extra or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        if base is not None:
+            (folder / BASE).write_text(json.dumps(base, indent=1), encoding="utf-8")
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -67,7 +69,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """
     folder = Path(path)
     plan, hashes = _read_plan(folder)
-    tensors = read_tensors(folder / WEIGHTS, hashes.get(WEIGHTS, ""))
+    if WEIGHTS not in hashes:
+        raise FileError(f"{str(folder)!r} is not a model saved by resect.save: its {PLAN} is a plan alone.")
+    tensors = read_tensors(folder / WEIGHTS, hashes[WEIGHTS])
     check_detached(model)
     modules = dict(model.named_modules())
     weights = dict(model.named_parameters())
@@ -79,8 +83,15 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     _check_fits(small, tensors, plan)
     # Tied tensors are stored once: strict=False after the check above, which knows about ties.
     small.load_state_dict(tensors, strict=False)
+    loaded = small.state_dict()
+    changed = [f"{key!r} is not what the file holds" for key in tensors if not _same(loaded[key], tensors[key])]
+    check_all(changed, "The weights did not survive loading (another dtype, or tied weights)")
     small.resect_plan = plan  # type: ignore[assignment]
     return small
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and not a.is_meta and bool(((a.cpu() == b) | (a.cpu().isnan() & b.isnan())).all())
 
 
 def _read_plan(folder: Path) -> tuple[Plan, dict[str, str]]:
@@ -97,7 +108,8 @@ def _check_fits(small: nn.Module, tensors: dict[str, Any], plan: Plan) -> None:
     own = small.state_dict()
     # Tied tensors are stored under one of their names; the others share its storage in the model.
     stored = {own[key].data_ptr() for key in tensors if key in own}
-    problems = [f"the file has {key!r}, the model does not" for key in tensors if key not in own]
+    problems = [f"{key!r} is on the meta device, where nothing can be loaded" for key in own if own[key].is_meta]
+    problems += [f"the file has {key!r}, the model does not" for key in tensors if key not in own]
     problems += [
         f"the model has {key!r}, the file does not"
         for key, value in own.items()

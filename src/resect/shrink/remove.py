@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from resect.blocks.absent import Absent, absent_like
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.gate import closed, resolve
-from resect.blocks.intercept import PORT
+from resect.blocks.gate import check_detached, closed, resolve
 from resect.blocks.plan import Plan
 from resect.blocks.trace import quiet
-from resect.blocks.verify import compare
-from resect.errors import AttachError, BlocksError, InputError, ProofError
+from resect.blocks.verify import compare, observe
+from resect.errors import BlocksError, InputError, ProofError
 
 Names = Plan | Blocks | str | Iterable[str]
 
@@ -33,7 +32,7 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's recorded output with an Absent for every tensor."""
-        return absent_like(self._template, self._pending, self.block.clone)
+        return absent_like(self._template, self._pending, self.block.clone or self.training)
 
     def extra_repr(self) -> str:
         """Show which block was here."""
@@ -42,6 +41,8 @@ class Removed(nn.Module):
 
 def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = False) -> nn.Module:
     """Take residual blocks out of a model, and prove the result equal to the model with them closed.
+
+    A model can be cut again and again: find the blocks of what is left, and the plan grows.
 
     Parameters
     ----------
@@ -74,37 +75,21 @@ def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = Fa
     small = model if in_place else copy.deepcopy(model)
     with quiet(model):
         with closed(model, blocks.select(plan.names)):
-            expected = _seeded(model, blocks)
+            expected = observe(model, blocks.example, blocks)
         originals = take_out(small, plan.blocks)
         try:
-            difference = _difference(small, blocks, expected)
+            with quiet(small):
+                difference = compare(expected, observe(small, blocks.example, blocks))
             if difference:
                 raise ProofError(f"Removing {', '.join(plan.names)} does not give the closed model: {difference}.")
         except BaseException:
             put_back(small, originals)
             raise
+    earlier = getattr(model, "resect_plan", None)
+    if isinstance(earlier, Plan):  # cut before: the plan says all that is gone
+        plan = replace(plan, blocks=(*earlier.blocks, *plan.blocks))
     small.resect_plan = plan  # type: ignore[assignment]
     return small
-
-
-def _seeded(model: nn.Module, blocks: Blocks) -> Any:
-    assert blocks.example is not None
-    torch.manual_seed(0)
-    return blocks.example.run(model)
-
-
-def _difference(small: nn.Module, blocks: Blocks, expected: Any) -> str:
-    with quiet(small):
-        return compare(expected, _seeded(small, blocks))
-
-
-def check_detached(model: nn.Module) -> None:
-    """Raise if any gate is attached to the model."""
-    held = sorted({gate.holder for m in model.modules() if PORT in m.__dict__ for gate in m.__dict__[PORT].gates})
-    if held:
-        raise AttachError(
-            f"This model still has {', '.join(held)} attached. Detach first: leave the `with`, or .detach()."
-        )
 
 
 def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any]:

@@ -120,8 +120,7 @@ class EpsilonGate(Method):
         if self.epsilon and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
             self._check_start(gates, self.blocks.example)
         for place, gate in enumerate(gates):
-            assert gate.block.end is not None
-            gate.apply(_Act(self, place, self.model.get_submodule(gate.block.end)))
+            gate.apply(_Act(self, place))
         self._skip(gates)
 
     def _skip(self, gates: Gates) -> None:
@@ -162,19 +161,20 @@ class EpsilonGate(Method):
             )
 
     def _on_step(self) -> None:
-        self._close_step()
+        self._run, self._counted_steps = self._run_now(), self.steps
+        self._seen.zero_()
         if self._gates is not None:
             self._skip(self._gates)
 
-    def _close_step(self) -> None:
-        """Count the step that is over: a block was muted in it if it was in all of its micro-batches."""
+    def _run_now(self) -> Tensor:
+        """Return the steps running in which each block was muted, the step under way included.
+
+        A block was muted in a step if it was in all of its micro-batches; a closed one saw none and counts.
+        """
+        run = torch.where(self._seen, torch.where(self._muted_now, self._run + 1, 0), self._run)
         if self.skip_muted_after is not None and self._counted_steps < self.steps:
-            # A closed block saw no batch; it counts as muted.
-            self._muted_now |= self._run >= self.skip_muted_after
-            self._seen |= self._run >= self.skip_muted_after
-        self._counted_steps = self.steps
-        self._run = torch.where(self._seen, torch.where(self._muted_now, self._run + 1, 0), self._run)
-        self._seen.zero_()
+            run = torch.where(~self._seen & (self._run >= self.skip_muted_after), self._run + 1, run)
+        return run
 
     def note(self, place: int, muted: Tensor, largest: Tensor) -> None:
         """Take down what the gate of one block decided on one training batch."""
@@ -184,8 +184,7 @@ class EpsilonGate(Method):
 
     def muted_steps(self) -> dict[str, int]:
         """Return per block for how many training steps, up to the last one, it has been muted without a break."""
-        self._close_step()
-        return dict(zip(self.blocks.names, self._run.tolist(), strict=True))
+        return dict(zip(self.blocks.names, self._run_now().tolist(), strict=True))
 
     def responses(self) -> dict[str, float]:
         """Return per block the largest |f| in the latest training step."""
@@ -202,7 +201,12 @@ class EpsilonGate(Method):
         """
         check_number("steps", steps, 1)
         if steps > self.steps:
-            raise InputError(f"finalize(steps={steps}) asks for more steps than were trained ({self.steps}).")
+            hint = (
+                ""
+                if self.steps
+                else " Call method.begin_step() once per optimizer step: that is how steps are counted."
+            )
+            raise InputError(f"finalize(steps={steps}) asks for more steps than were trained ({self.steps}).{hint}")
         runs = self.muted_steps()
         gone = [block for block in self.blocks if runs[block.name] >= steps]
         evidence: dict[str, Any] = {
@@ -215,8 +219,7 @@ class EpsilonGate(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters of the muted blocks."""
-        self._close_step()
-        return super().state_dict() | {"run": self._run.clone(), "largest": self._largest.clone()}
+        return super().state_dict() | {"run": self._run_now(), "largest": self._largest.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from ``state``; raises ``InputError`` if it is of another number of blocks."""
@@ -224,6 +227,7 @@ class EpsilonGate(Method):
             raise InputError(f"This state is of {len(state['run'])} blocks, the method has {len(self.blocks)}.")
         super().load_state_dict(state)
         self._counted_steps = self.steps
+        self._seen.zero_()
         self._run.copy_(state["run"])
         self._largest.copy_(state["largest"])
         if self._gates is not None:
@@ -255,21 +259,20 @@ def measure_responses(model: nn.Module, gates: Gates, example: Example) -> dict[
 class _Act:
     """The gate function of one block: a class, so that a model with it can be copied and pickled."""
 
-    def __init__(self, method: EpsilonGate, place: int, end: nn.Module) -> None:
+    def __init__(self, method: EpsilonGate, place: int) -> None:
         self.method: EpsilonGate | None = method
         self.place = place
         self.epsilon = method.epsilon
-        self.end: nn.Module | None = end
 
     def __call__(self, branch: Tensor) -> Tensor:
         if not self.epsilon:
             return branch
         largest = largest_response(branch)
         muted = largest <= self.epsilon
-        if self.method is not None and self.end is not None and self.end.training and not is_recomputing():
+        if self.method is not None and self.method.model.training and not is_recomputing():
             self.method.note(self.place, muted, largest)
         return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model keeps its gates, but reports to no method: that stays with the original.
-        return {"method": None, "place": self.place, "epsilon": self.epsilon, "end": None}
+        return {"method": None, "place": self.place, "epsilon": self.epsilon}
