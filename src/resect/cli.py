@@ -38,7 +38,7 @@ Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="key=value for building a model by name; repeatable")
 ]
 Data = Annotated[str | None, typer.Option(help="data for a model by name: digits or cifar10")]
-Out = Annotated[Path | None, typer.Option("--out", help="also write figures and CSV files to this folder")]
+Out = Annotated[Path | None, typer.Option("--out", help="also write the measurements as CSV to this folder")]
 
 
 @app.command()

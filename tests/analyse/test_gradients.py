@@ -148,3 +148,27 @@ def test_a_place_that_cannot_be_seen_is_refused_and_the_input_works():
     with pytest.raises(InputError, match="cannot be seen"):
         resect.path_gradients(net, blocks, (x, y), summed, samples=0)
     assert (resect.path_gradients(net, blocks, (x, y), summed, samples=5, at="input").norm_of_sum > 0).all()
+
+
+@pytest.mark.core
+def test_sums_written_in_place_into_the_branch():
+    """``y = f(x); y += x`` adds into the branch's own tensor, of which the counted one must be a copy."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.f, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.f(x)
+            y += x
+            return self.head(y)
+
+    torch.manual_seed(0)
+    net, x, y = InPlace().double(), torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    found = resect.path_gradients(net, resect.find_blocks(net, x), (x, y), summed, samples=0)
+    logits = net(x)
+    upper = (torch.softmax(logits, 1) - nn.functional.one_hot(y, 4)) @ net.head.weight
+    expected = [upper.norm(dim=1).mean().item(), (upper @ net.f.weight).norm(dim=1).mean().item()]
+    assert found.norm_of_sum.tolist() == pytest.approx(expected, rel=1e-9)
