@@ -222,7 +222,10 @@ def shrink(
     if opened.data is not None:
         images, labels = opened.test_images()
         a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
-        out.print(f"Test error: {a:.2f} % → {b:.2f} %.")
+        gated = (
+            opened.recipe is not None and opened.recipe.method is not None and not hasattr(opened.model, "resect_plan")
+        )
+        out.print(f"Test error: {a:.2f} %{' with every block open, without its gate' * gated} → {b:.2f} %.")
     out.print(f"The cut model is in {to}.")
 
 
