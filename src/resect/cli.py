@@ -222,10 +222,9 @@ def shrink(
     if opened.data is not None:
         images, labels = opened.test_images()
         a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
-        gated = (
-            opened.recipe is not None and opened.recipe.method is not None and not hasattr(opened.model, "resect_plan")
-        )
-        out.print(f"Test error: {a:.2f} %{' with every block open, without its gate' * gated} → {b:.2f} %.")
+        gated = opened.recipe and opened.recipe.method and not hasattr(opened.model, "resect_plan")
+        how = " with every block open, without its gate" if gated else ""
+        out.print(f"Test error: {a:.2f} %{how} → {b:.2f} %.")
     out.print(f"The cut model is in {to}.")
 
 
