@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from resect.lab.config.train import TrainConfig
 from resect.lab.optimize import learning_rate, make_optimizer
-from resect.lab.recipe import TrainConfig
 
 
 @pytest.mark.parametrize("steps", [7, 40, 331])

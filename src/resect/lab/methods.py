@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from resect.lab.recipe import MethodConfig
+from resect.lab.config.method import MethodConfig
 
 
 class Method(AbstractContextManager[Any], Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resect.lab.recipe import TrainConfig
+from resect.lab.config.train import TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

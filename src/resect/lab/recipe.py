@@ -6,69 +6,16 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from resect.errors import FileError, InputError, check_all, unknown
-
-
-class Config(BaseModel):
-    """A table of a recipe: no unknown keys, no silent conversions, no changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(Config):
-    """A name for `registry.build`, and its options. Channels and classes follow the data unless given."""
-
-    name: str
-    options: dict[str, Any] = {}
-
-
-class DataConfig(Config):
-    """A name for `data.load`, and its options."""
-
-    name: str = "digits"
-    options: dict[str, Any] = {}
-
-
-class TrainConfig(Config):
-    """The training. ``shift`` in pixels; ``batch_size`` over all processes together.
-
-    ``decay``: what weight decay acts on; "weights" leaves BatchNorm and biases out, as the ε-ResNet paper does.
-    """
-
-    epochs: int = Field(default=30, ge=1)
-    batch_size: int = Field(default=128, ge=1)
-    lr: float = Field(default=0.1, gt=0)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(default=1e-3, ge=0)
-    decay: Literal["weights", "all"] = "weights"
-    schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
-    shift: int = Field(default=0, ge=0)
-    flip: bool = False
-    channels_last: bool = False
-    tensorboard: bool = False
-    seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _nesterov(self) -> TrainConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0")
-        return self
-
-
-class MethodConfig(Config):
-    """A training method on the residual blocks: all of them, or those with an identity shortcut."""
-
-    name: Literal["epsilon-gate"] = "epsilon-gate"
-    epsilon: float = Field(default=3.0, ge=0)
-    skip_muted_after: int | None = Field(default=None, ge=1)
-    settle_after: int | None = Field(default=None, ge=1)
-    blocks: Literal["all", "identity"] = "all"
+from resect.lab.config.base import Config
+from resect.lab.config.data import DataConfig
+from resect.lab.config.method import MethodConfig
+from resect.lab.config.model import ModelConfig
+from resect.lab.config.train import TrainConfig
 
 
 class Recipe(Config):

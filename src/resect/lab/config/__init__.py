@@ -1,0 +1,1 @@
+"""The tables of a recipe, each a strict pydantic model."""
