@@ -40,6 +40,10 @@ class Session:
     history: list[dict[str, Any]] = field(default_factory=list)
     writing: float = 0.0  # seconds spent on checkpoints by this process
 
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward passes, as a context."""
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""

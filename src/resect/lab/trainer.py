@@ -92,7 +92,8 @@ def train(
                     restore(session, saved)
                 while len(session.history) < config.epochs:
                     row = train_epoch(session, folder, progress)
-                    row["test_error"] = evaluate(model, data.test.images, data.test.labels, stats=session.stats)
+                    with session.autocast():
+                        row["test_error"] = evaluate(model, data.test.images, data.test.labels, stats=session.stats)
                     session.history.append(row)
                     accelerator.log(row, step=row["epoch"])
                     save(session, folder)
@@ -117,8 +118,9 @@ def train_epoch(session: Session, folder: Path, progress: Progress | None) -> di
         method.begin_step()
         indices = indices.to(session.images.device)
         images = augment(session.images[indices], shift=config.shift, flip=config.flip, generator=generator)
-        logits = session.net(normalize(images, *session.stats))
-        loss = F.cross_entropy(logits, session.labels[indices]) + method.extra_loss()
+        with session.autocast():
+            logits = session.net(normalize(images, *session.stats))
+        loss = F.cross_entropy(logits.float(), session.labels[indices]) + method.extra_loss()
         session.accelerator.backward(loss)
         rate = learning_rate(session.step, session.steps, config)
         for group in optimizer.param_groups:

@@ -13,6 +13,7 @@ class TrainConfig(Config):
     """The training. ``shift`` in pixels; ``batch_size`` over all processes together.
 
     ``decay``: what weight decay acts on; "weights" leaves BatchNorm and biases out, as the ε-ResNet paper does.
+    ``precision``: "bf16" runs forward passes under autocast; weights, updates and the loss stay float32.
     """
 
     epochs: int = Field(default=30, ge=1)
@@ -26,6 +27,7 @@ class TrainConfig(Config):
     schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
     shift: int = Field(default=0, ge=0)
     flip: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
     tensorboard: bool = False
     seed: int = Field(default=0, ge=0)
