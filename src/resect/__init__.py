@@ -9,7 +9,12 @@ from resect.blocks.example import Example
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.find import find_blocks
 from resect.blocks.gate import closed, gates
+from resect.train import schedules
+from resect.train.stochastic_depth import StochasticDepth
+from resect.train.residual_droppath import ResidualDroppath
 from resect.train.epsilon_gate import EpsilonGate
+from resect.train.effective_paths import EffectivePaths
+from resect.train.random_subset import RandomSubset
 from resect.analyse.lesion import LesionStudy, lesion_study
 from resect.analyse.paths import path_lengths
 from resect.analyse.gradients import PathGradients, path_gradients
@@ -21,14 +26,18 @@ from resect.shrink.files import load, save
 
 __all__ = [
     "Blocks",
+    "EffectivePaths",
     "EpsilonGate",
     "Example",
     "LesionStudy",
     "PathGradients",
     "Plan",
+    "RandomSubset",
     "Ranking",
     "ResectError",
     "ResidualBlock",
+    "ResidualDroppath",
+    "StochasticDepth",
     "closed",
     "find_blocks",
     "gates",
@@ -39,4 +48,5 @@ __all__ = [
     "rank",
     "remove",
     "save",
+    "schedules",
 ]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from resect.blocks.block import Blocks, Key, ResidualBlock
-from resect.blocks.intercept import PORT, Gate, install, uninstall
+from resect.blocks.intercept import PORT, Gate, Mode, install, uninstall
 from resect.errors import AttachError, BlocksError, InputError, check_all
 
 Which: TypeAlias = "Blocks | Key | Iterable[Key]"
@@ -57,10 +57,18 @@ class Gates:
     ``g["layer3.4"]`` or ``g[0]`` is a gate: ``close()``, ``scale(0.5)``, ``apply(function)``, ``open()``.
     """
 
-    def __init__(self, model: nn.Module, which: Which, *, holder: str = "gates", exclusive: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        which: Which,
+        *,
+        holder: str = "gates",
+        exclusive: bool = False,
+        mode: Mode = None,
+    ) -> None:
         self.blocks = resolve(model, which)
-        self._gates = {block.name: Gate(block, holder) for block in self.blocks}
         modules = dict(model.named_modules())
+        self._gates = {b.name: Gate(b, holder, modules[b.owner], mode) for b in self.blocks}
         if exclusive:
             _check_free(self.blocks, modules, holder)
         with ExitStack() as undo:

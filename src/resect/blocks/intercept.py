@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,22 @@ from resect.blocks.block import ResidualBlock
 from resect.errors import AttachError
 
 PORT = "_resect_port"
+Mode: TypeAlias = Literal["training", "eval"] | None
+"""When a gate acts: while the owner trains, while it does not, or always."""
 
 
 class Gate:
     """What acts on one branch: ``open``, ``closed``, or a function on the branch end.
 
     Several gates can act on one block; a closed one wins, functions apply in the order of attachment.
+    A gate with a ``mode`` acts only while the block's owner is in it.
     """
 
-    def __init__(self, block: ResidualBlock, holder: str) -> None:
+    def __init__(self, block: ResidualBlock, holder: str, owner: nn.Module, mode: Mode = None) -> None:
         self.block = block
         self.holder = holder
+        self.owner = owner  # a copy of the model copies it along, so that a copy's gates follow its own mode
+        self.mode = mode
         self.is_closed = False
         self.function: Callable[[Tensor], Tensor] | None = None
         self.join: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -59,6 +64,11 @@ class Gate:
         """Let ``join(shortcut, branch_end)`` take the place of the addition."""
         self._need_end("act on the addition")
         return self._become(join=join)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the owner is in the mode this gate is for."""
+        return self.mode is None or (self.mode == "training") == self.owner.training
 
     @property
     def state(self) -> str:
@@ -124,10 +134,10 @@ class Port:
     def finish(self, output: Any) -> Any:
         """Let every gate act on the branch end inside ``output``."""
         for gate in self.gates:
-            if gate.function is not None:
+            if gate.function is not None and gate.acts:
                 output = self._replace(output, gate.function)
         for gate in self.gates:
-            if gate.join is not None:
+            if gate.join is not None and gate.acts:
                 join = gate.join
                 output = self._replace(output, lambda branch: Joining(((branch, join),)))  # noqa: B023
                 break
@@ -152,7 +162,7 @@ class Intercepted:
         for gate in port.gates:
             if not compiling:
                 gate.note_forward()
-            if gate.is_closed:
+            if gate.is_closed and gate.acts:
                 if not compiling:
                     gate.served = True
                 return port.absent(self.training)  # type: ignore[attr-defined]

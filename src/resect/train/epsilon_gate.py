@@ -6,6 +6,7 @@ Yu, Yu, Ramalingam, "Learning Strict Identity Mappings in Deep Residual Networks
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -116,7 +117,7 @@ class EpsilonGate(Method):
         self._run = torch.zeros(count, dtype=torch.long, device=device)
         self._largest = torch.zeros(count, device=device)
 
-    def _arm(self, gates: Gates) -> None:
+    def _arm(self, gates: Gates, undo: ExitStack) -> None:
         if self.epsilon and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
             self._check_start(gates, self.blocks.example)
         for place, gate in enumerate(gates):

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
+from resect.blocks.intercept import Mode
 from resect.errors import AttachError, BlocksError
+from resect.train.changed import Wiring
+
+Batch = TypeVar("Batch")
 
 
 class Method:
     """A training method: holds hyper-parameters, acts on a model while attached.
 
-    Subclasses say what their gates do in ``_arm`` and what happens at a step in ``_on_step``. Nothing is
-    added to the model: no parameter, no buffer, and after ``detach()`` no trace.
+    Subclasses say what their gates do in ``_arm``, what happens at a step in ``_on_step``, and what must be so
+    when the optimizer looks in ``_on_optimizer_step``. Nothing is added to the model: no parameter, no buffer,
+    and after ``detach()`` no trace.
     """
+
+    gate_mode: Mode = None
+    """When the method's gates act: while a block's owner trains, while it does not, or always."""
 
     def __init__(self, model: nn.Module, blocks: Which, optimizer: Optimizer | None) -> None:
         self.model = model
@@ -31,6 +40,7 @@ class Method:
         self.optimizer = optimizer
         self.steps = 0
         self._begun = False
+        self._stepped: set[int] = set()
         self._gates: Gates | None = None
         self._undo = ExitStack()
 
@@ -44,26 +54,31 @@ class Method:
         """Whether the method acts on the model now."""
         return self._gates is not None
 
+    @property
+    def open_blocks(self) -> int:
+        """How many blocks are computed in the current training step; all of them while not attached."""
+        return len(self.blocks) if self._gates is None else sum(not gate.is_closed for gate in self._gates)
+
     def attach(self) -> Self:
         """Start acting on the model. A failure leaves the model as it was."""
         if self.attached:
             raise AttachError(f"This {self.name} is attached already. Call detach() first.")
         with ExitStack() as undo:
-            gates = Gates(self.model, self.blocks, holder=self.name, exclusive=True)
+            gates = Gates(self.model, self.blocks, holder=self.name, exclusive=True, mode=self.gate_mode)
             undo.callback(gates.detach)
-            self._arm(gates)
-            if self.optimizer is not None:
-                hook = self.optimizer.register_step_pre_hook(self._before_optimizer_step)
-                undo.callback(hook.remove)
+            self._wiring = Wiring(self.model, self.blocks)
+            self._begun = False
+            self._stepped.clear()
+            self._arm(gates, undo)
+            self._watch_optimizers(undo)
             self._undo = undo.pop_all()
         self._gates = gates
-        self._begun = False
         return self
 
     def detach(self) -> None:
         """Stop acting on the model, and leave it without a trace. Harmless when not attached."""
-        self._undo.close()
         self._gates = None
+        self._undo.close()
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -74,25 +89,26 @@ class Method:
         self.detach()
 
     def begin_step(self) -> None:
-        """Begin an optimizer step: call once per step, before the forward pass; micro-batches share it."""
+        """Begin an optimizer step: call once per step, before the forward pass; micro-batches share it.
+
+        Raises ``AttachError`` while not attached, or if the model's modules were changed since.
+        """
         if not self.attached:
             raise AttachError(
                 f"{self.name}.begin_step() was called while not attached. Write `with method:` around the loop."
             )
+        self._wiring.check(self.name)
         self._on_step()
         self.steps += 1
         self._begun = True
+        self._stepped.clear()
 
-    def _before_optimizer_step(self, *_: Any) -> None:
-        if not self._begun:
-            raise AttachError(
-                f"Two optimizer steps without {self.name}.begin_step() between them. "
-                "Call method.begin_step() once per optimizer step, before the forward pass."
-            )
-        self._begun = False
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches to train on, one per optimizer step: those of ``loader``, unless a method repeats some."""
+        yield from loader
 
-    def extra_loss(self) -> Tensor | float:
-        """Return what the method adds to the loss: 0 unless it says otherwise."""
+    def extra_loss(self, target: Any = None) -> Tensor | float:
+        """Return what the method adds to the loss: 0 unless it says otherwise. ``target``: the batch's labels."""
         return 0.0
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -111,12 +127,49 @@ class Method:
         """Take up the state that ``state_dict`` returned."""
         self.steps = int(state["steps"])
 
-    def _arm(self, gates: Gates) -> None:
-        """Set the gates at attach."""
+    def _arm(self, gates: Gates, undo: ExitStack) -> None:
+        """Set the gates at attach; what ``detach()`` must undo beside them goes into ``undo``."""
         raise NotImplementedError
 
     def _on_step(self) -> None:
-        """Do what a new optimizer step asks for."""
+        """Do what a new optimizer step asks for; ``self.steps`` is its number, from 0."""
+
+    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Do what must be done when all gradients of the step are there and the optimizer is about to look."""
+
+    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Do what must be done right after an optimizer has moved the weights."""
+
+    def _watch_optimizers(self, undo: ExitStack) -> None:
+        """Be told of optimizer steps: of the given optimizer, or of every one that holds weights of the model."""
+        if self.optimizer is not None:
+            undo.callback(self.optimizer.register_step_pre_hook(self._pre_hook).remove)
+            undo.callback(self.optimizer.register_step_post_hook(self._post_hook).remove)
+            return
+        undo.callback(register_optimizer_step_pre_hook(self._pre_hook).remove)
+        undo.callback(register_optimizer_step_post_hook(self._post_hook).remove)
+
+    def _concerns(self, optimizer: Optimizer) -> bool:
+        if self.optimizer is not None:
+            return True
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        return any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+
+    def _pre_hook(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._concerns(optimizer):
+            return
+        # Several optimizers may share the model's weights: each steps once per begin_step().
+        if not self._begun or id(optimizer) in self._stepped:
+            raise AttachError(
+                f"Two optimizer steps without {self.name}.begin_step() between them. "
+                "Call method.begin_step() once per optimizer step, before the forward pass."
+            )
+        self._stepped.add(id(optimizer))
+        self._before_optimizer_step(optimizer)
+
+    def _post_hook(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._concerns(optimizer):
+            self._after_optimizer_step(optimizer)
 
 
 def is_recomputing() -> bool:

@@ -1,0 +1,58 @@
+"""A term that draws the output of a dropped-only step to that of the drop step before it, on the same batch."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resect.errors import InputError
+from resect.train.method import is_recomputing
+
+
+class Consistency:
+    """Collects the model's outputs in drop steps; compares those of dropped-only steps with them, in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.teachers: list[Tensor] = []
+        self._student: Tensor | None = None
+        self._seen = 0
+        self._teaching: bool | None = None
+
+    def attach(self, undo: ExitStack) -> None:
+        """Watch the model's outputs until ``undo``."""
+        undo.callback(self.model.register_forward_hook(self._hook).remove)
+
+    def start(self, *, teaching: bool | None) -> None:
+        """Begin a step whose outputs teach, or learn, or (None) do neither."""
+        self._teaching, self._student, self._seen = teaching, None, 0
+        if teaching:
+            self.teachers = []
+
+    def loss(self) -> Tensor | float:
+        """Return KL(teacher ‖ student), the mean over samples, of the latest forward pass; 0 if it teaches."""
+        if self._student is None:
+            return 0.0
+        if self._seen > len(self.teachers):
+            raise InputError(
+                f"consistency: this step ran {self._seen} forward passes, its drop step {len(self.teachers)}. "
+                "Use the same micro-batches in both: loop over method.batches(loader)."
+            )
+        student, teacher = F.log_softmax(self._student, 1), F.log_softmax(self.teachers[self._seen - 1], 1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._teaching is None or not module.training or is_recomputing():
+            return
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise InputError(
+                f"consistency compares logits (N, classes), but the model returns {type(output).__name__}. "
+                "Leave consistency at 0 and add a term of your own to the loss."
+            )
+        if self._teaching:
+            self.teachers.append(output.detach())
+        else:
+            self._student, self._seen = output, self._seen + 1

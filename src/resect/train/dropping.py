@@ -1,0 +1,155 @@
+"""What the methods that close branches while training share: scaling, the test-time gate, the model's own dropping."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from resect.blocks.gate import Gates, Which
+from resect.blocks.intercept import Gate
+from resect.errors import InputError, check_all
+from resect.train.fold import fold
+from resect.train.masks import DropSamples, SampleMasks
+from resect.train.method import Method
+from resect.train.own_drop import SwitchedOff, find_own_drop, refuse
+from resect.train.problems import choice_problems, count_problems
+
+Scaling = Literal["none", "inverted", "paper"]
+OwnDrop = Literal["refuse", "replace"]
+FEW_BLOCKS = 6
+
+
+class Dropping(Method):
+    """A method that closes blocks while their owner trains; in eval mode every branch is open.
+
+    ``scaling``, with p the probability that a block is closed:
+
+    - ``none``: kept branches as they are, in training and in eval mode.
+    - ``inverted``: kept branches times 1/(1 − p) in training, nothing in eval mode (timm, torchvision).
+    - ``paper``: nothing in training, every branch times 1 − p in eval mode while attached (Huang 2016,
+      eq. 5); ``finalize()`` folds the factors into the weights.
+    """
+
+    gate_mode = "training"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Which,
+        *,
+        scaling: Scaling,
+        seed: int,
+        optimizer: Optimizer | None,
+        own_drop: OwnDrop,
+    ) -> None:
+        super().__init__(model, blocks, optimizer)
+        self.scaling, self.seed, self.own_drop = scaling, seed, own_drop
+        self._eval_gates: Gates | None = None
+
+    def _check(self, problems: list[str]) -> None:
+        """Raise ``InputError`` with all problems: a subclass's own, and those of what is shared."""
+        problems += choice_problems(scaling=(self.scaling, Scaling), own_drop=(self.own_drop, OwnDrop))
+        problems += count_problems(seed=(self.seed, 0))
+        check_all(problems, self.name)
+        if self.scaling != "none":
+            self._need_ends(f'scaling="{self.scaling}"')
+
+    def _probs(self, step: int) -> list[float]:
+        """Return per block the probability to be closed in a training step."""
+        raise NotImplementedError
+
+    @property
+    def drop_probs(self) -> dict[str, float]:
+        """Return per block the probability to be closed, in the current step."""
+        return dict(zip(self.blocks.names, self._probs(max(0, self.steps - 1)), strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``open_blocks``: how many blocks were computed in the latest step."""
+        return {"open_blocks": float(self.open_blocks)}
+
+    def finalize(self) -> dict[str, float]:
+        """Detach, and make what the method does in eval mode permanent; return the factor of every branch.
+
+        With ``scaling="paper"`` the factors 1 − p are folded into the branches' weights and checked; with
+        the others there is nothing to fold and all factors are 1.
+
+        Raises ``ProofError`` if a branch cannot take its factor; the model is then unchanged.
+        """
+        factors = dict.fromkeys(self.blocks.names, 1.0)
+        if self.scaling == "paper":
+            factors = {name: 1.0 - prob for name, prob in self.drop_probs.items()}
+        self.detach()
+        if self.scaling == "paper":
+            fold(self.model, self.blocks, factors)
+        return factors
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take up the state that ``state_dict`` returned; draws and factors follow the step."""
+        super().load_state_dict(state)
+        self._scale_eval()
+
+    def _arm(self, gates: Gates, undo: ExitStack) -> None:
+        found = find_own_drop(self.model)
+        if self.own_drop == "refuse":
+            refuse(found, self.name)
+        else:
+            undo.callback(SwitchedOff(found).restore)
+        if len(self.blocks) < FEW_BLOCKS:
+            warnings.warn(
+                f"{self.name} on {len(self.blocks)} residual blocks: below {FEW_BLOCKS}, dropping branches tends to "
+                "hurt more than it helps.",
+                stacklevel=4,
+            )
+        if self.scaling == "paper":
+            self._eval_gates = Gates(self.model, self.blocks, holder=self.name, mode="eval")
+            undo.callback(self._eval_gates.detach)
+            self._scale_eval()
+
+    def _scale_eval(self) -> None:
+        """Give the eval gates the factors of the current step."""
+        if self._eval_gates is not None:
+            for gate, prob in zip(self._eval_gates, self.drop_probs.values(), strict=True):
+                gate.scale(1.0 - prob)
+
+    def detach(self) -> None:
+        """Stop acting on the model, and leave it without a trace. Harmless when not attached."""
+        super().detach()
+        self._eval_gates = None
+
+    def _close(self, gates: Gates, closed: list[bool], step: int | None) -> None:
+        """Close some blocks and open the others, scaled up as the probabilities of ``step`` ask; None: not scaled."""
+        probs = [0.0] * len(closed) if step is None else self._probs(step)
+        for gate, is_closed, prob in zip(gates, closed, probs, strict=True):
+            if is_closed:
+                gate.close()
+            else:
+                self._keep(gate, prob)
+
+    def _drop_samples(self, gates: Gates, masks: SampleMasks) -> None:
+        """Drop every branch for the samples that ``masks`` draw; one that all must drop is not computed."""
+        for place, (gate, prob) in enumerate(zip(gates, masks.probs, strict=True)):
+            if prob == 0:
+                self._keep(gate, prob)
+            elif prob == 1:
+                gate.close()
+            else:
+                gate.apply(DropSamples(masks, place, 1.0 / (1.0 - prob) if self.scaling == "inverted" else 1.0))
+
+    def _keep(self, gate: Gate, prob: float) -> None:
+        if self.scaling == "inverted" and 0 < prob < 1:
+            gate.scale(1.0 / (1.0 - prob))
+        elif gate.state != "open":
+            gate.open()
+
+    def _need_ends(self, what: str) -> None:
+        unusable = [block for block in self.blocks if not block.scalable]
+        if unusable:
+            raise InputError(
+                f"{self.name} with {what} acts on the branch end, and {len(unusable)} of {len(self.blocks)} blocks "
+                f"have none to act on: {unusable[0].name!r} ({unusable[0].reason}). Leave out such blocks: "
+                "blocks.select(b for b in blocks if b.scalable)."
+            )

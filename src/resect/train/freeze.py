@@ -1,0 +1,154 @@
+"""Freeze parts of a model for one optimizer step: parameters, buffers and optimizer state bit for bit.
+
+Three things move a weight that should stand still: its gradient, the optimizer's momentum and decay (which
+act on a gradient of zeros too), and buffers written in the forward pass. So the frozen parameters need no
+gradient while the step lasts (which also saves computing it), their ``.grad`` is None when the optimizer looks,
+and their buffers are put back to what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from resect.blocks.block import Blocks, ResidualBlock
+from resect.errors import AttachError
+
+Stillness = Literal["skip", "zero"]
+Norms = Literal["batch", "moving", "eval"]
+
+
+class Freeze:
+    """What stands still in one optimizer step, from the beginning of the step until ``release()``.
+
+    ``stillness="skip"`` gives the optimizer no gradient (None): no update, momentum or weight decay.
+    ``"zero"`` gives it zeros: momentum and decay go on, as in Huang's code (one flat parameter vector).
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        buffers: Iterable[Tensor] = (),
+        stillness: Stillness = "skip",
+        evaluating: Iterable[nn.Module] = (),
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self.stillness = stillness
+        self.evaluating = [module for module in evaluating if module.training]
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        for module in self.evaluating:
+            module.training = False
+
+    def check(self) -> None:
+        """Raise ``AttachError`` if a norm that was put in eval mode has been put back by someone else."""
+        if any(module.training for module in self.evaluating):
+            raise AttachError(
+                'norms="eval" was undone: model.train() was called after begin_step(). Call it before begin_step().'
+            )
+
+    def release(self) -> None:
+        """End the freezing: call when all backward passes of the step are done, before the optimizer looks."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = torch.zeros_like(parameter) if self.stillness == "zero" else None
+        with torch.no_grad():
+            for buffer, before in self.saved:
+                buffer.copy_(before)
+        for module in self.evaluating:
+            module.training = True
+        self.parameters, self.saved, self.evaluating = [], [], []
+
+
+def own_parameters(model: nn.Module, block: ResidualBlock) -> list[nn.Parameter]:
+    """Return the parameters that only this block's branch uses; those tied to a module elsewhere are not its own."""
+    modules = dict(model.named_modules())
+    inside = {module for name in block.modules for module in modules[name].modules()}
+    elsewhere = {
+        id(parameter)
+        for module in model.modules()
+        if module not in inside
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not _is_raw(block, modules, module, name)
+    }
+    raw = [model.get_parameter(name) for name in block.raw_parameters]
+    found = [parameter for name in block.modules for parameter in modules[name].parameters()] + raw
+    return list({id(p): p for p in found if id(p) not in elsewhere}.values())
+
+
+def _is_raw(block: ResidualBlock, modules: dict[str, nn.Module], module: nn.Module, name: str) -> bool:
+    """Whether this parameter is one the branch uses outside its modules (a raw layer scale)."""
+    for path in block.raw_parameters:
+        owner, _, last = path.rpartition(".")
+        if modules.get(owner) is module and last == name:
+            return True
+    return False
+
+
+def own_buffers(model: nn.Module, block: ResidualBlock) -> list[Tensor]:
+    """Return the buffers of the block's branch modules."""
+    modules = [model.get_submodule(name) for name in block.modules]
+    return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
+
+
+class Parts:
+    """The parameters and buffers of a model, sorted by block; ``rest`` belongs to no branch (stem, shortcuts, head)."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks) -> None:
+        self.parameters = [own_parameters(model, block) for block in blocks]
+        self.buffers = [own_buffers(model, block) for block in blocks]
+        mine = {id(parameter) for group in self.parameters for parameter in group}
+        written = {id(buffer) for group in self.buffers for buffer in group}
+        self.rest = [parameter for parameter in model.parameters() if id(parameter) not in mine]
+        self.rest_buffers = [buffer for buffer in model.buffers() if id(buffer) not in written]
+        self.norms = [[m for n in b.modules for m in _norms(model.get_submodule(n))] for b in blocks]
+        inside = {module for group in self.norms for module in group}
+        self.rest_norms = [module for module in _norms(model) if module not in inside]
+        self._known = {id(parameter) for parameter in model.parameters()}
+
+    def check(self, model: nn.Module, name: str) -> None:
+        """Raise ``AttachError`` if the model's parameters are other objects than when it was sorted."""
+        if {id(parameter) for parameter in model.parameters()} != self._known:
+            raise AttachError(
+                f"The model's parameters were replaced while {name} is attached (load_state_dict(assign=True), a new "
+                "head, or a cast). Detach first, then change the model, and attach again."
+            )
+
+    def freeze(
+        self,
+        frozen: list[bool],
+        *,
+        rest: bool,
+        stillness: Stillness = "skip",
+        norms: Norms = "batch",
+        buffers: Iterable[Tensor] = (),
+    ) -> Freeze:
+        """Freeze the blocks marked True, with ``rest`` all that belongs to no block, and some more ``buffers``.
+
+        ``norms``: their norms use the "batch" and keep their running statistics, let them go on "moving", or "eval".
+        """
+
+        def chosen(groups: list[list[Any]], others: list[Any]) -> list[Any]:
+            inside = [item for group, still in zip(groups, frozen, strict=True) if still for item in group]
+            return inside + others if rest else inside
+
+        return Freeze(
+            chosen(self.parameters, self.rest),
+            [*buffers, *(chosen(self.buffers, self.rest_buffers) if norms != "moving" else ())],
+            stillness,
+            chosen(self.norms, self.rest_norms) if norms == "eval" else (),
+        )
+
+    def leave_out(self, places: Iterable[int], stillness: Stillness = "skip") -> None:
+        """Take the gradients of whole blocks away, as ``Freeze`` does, after the backward pass."""
+        for place in places:
+            Freeze(self.parameters[place], (), stillness).release()
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that keep running statistics."""
+    return [module for module in model.modules() if getattr(module, "running_mean", None) is not None]

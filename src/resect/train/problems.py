@@ -1,0 +1,37 @@
+"""What is wrong with the options of a method, as sentences: so that all can be reported at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+from resect.errors import unknown
+
+
+def number_problems(name: str, value: float | Callable[[int], float], low: float = 0, high: float = 1) -> list[str]:
+    """Say what is wrong with a number in [low, high] or a schedule of it; nothing if it is fine."""
+    if callable(value):
+        return []
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        span = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
+        return [f"{name} must be a number {span}, or a schedule of it, not {value!r}"]
+    return []
+
+
+def choice_problems(**choices: tuple[Any, Any]) -> list[str]:
+    """Say which values are not among their ``Literal``: ``choice_problems(per=(per, Per))``."""
+    return [
+        str(unknown(name, value, get_args(literal)))
+        for name, (value, literal) in choices.items()
+        if value not in get_args(literal)
+    ]
+
+
+def count_problems(**counts: tuple[Any, int]) -> list[str]:
+    """Say which values are no whole numbers of at least their minimum: ``count_problems(period=(period, 1))``."""
+    return [
+        f"{name} must be a whole number of at least {low}, not {value!r}"
+        for name, (value, low) in counts.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < low
+    ]

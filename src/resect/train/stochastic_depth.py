@@ -1,0 +1,98 @@
+"""Stochastic depth and drop path: random branches closed in every training step.
+
+Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016, section 3.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from torch import nn
+from torch.optim import Optimizer
+
+from resect.blocks.gate import Gates, Which
+from resect.train.draws import draw_closed
+from resect.train.dropping import Dropping, OwnDrop, Scaling
+from resect.train.masks import Per, SampleMasks, check_batch_first
+from resect.train.problems import choice_problems, number_problems
+from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
+
+
+class StochasticDepth(Dropping):
+    """Close every block l with probability p_l in each training step: ``x + b_l·f_l(x)``, ``b_l ~ Bernoulli(1 − p_l)``.
+
+    Parameters
+    ----------
+    model, blocks: the model and its blocks (``find_blocks``).
+    drop_prob: the last block's probability under the linear rules, every block's under ``uniform``; a
+        number in [0, 1] or a schedule of the step (``resect.train.schedules``). Huang's p_L is ``1 − drop_prob``.
+        0 is plain training, 1 with ``rule="uniform"`` closes all.
+    rule: ``"linear"`` (Huang, eq. 4: ``p_l = (l/L)·drop_prob``), ``"linear-from-zero"`` (timm: the first
+        block never drops), ``"uniform"``, or one share per block.
+    per: ``"batch"`` (Huang 2016): one draw per block and step; a closed block is not computed, its gradients
+        are None, its buffers stand still. ``"sample"`` (drop path): one draw per block and sample; all are
+        computed, dropped ones multiplied by 0.
+    scaling: ``"inverted"``, ``"none"`` or ``"paper"``; see ``Dropping``.
+    seed: all draws come from (seed, step): the same on every rank and after a resume.
+    optimizer: whose steps ``begin_step()`` is checked against; by default every optimizer's that holds
+        weights of the model.
+    own_drop: what to do if the model has DropPath, StochasticDepth or LayerDrop of its own: ``"refuse"``,
+        or ``"replace"`` it while attached.
+
+    Raises
+    ------
+    InputError: every wrong value at once; or scaling, or ``per="sample"``, of a block without a usable end.
+    AttachError: at ``attach()``, for a model that drops branches itself, a block that another method holds, or
+        a branch whose first dimension is not the batch (``per="sample"``).
+
+    >>> method = resect.StochasticDepth(model, blocks, drop_prob=0.5, optimizer=optimizer)
+    >>> with method:
+    ...     for x, y in loader:
+    ...         method.begin_step()
+    ...         loss_fn(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Which,
+        *,
+        drop_prob: float | Schedule = 0.5,
+        rule: Rule = "linear",
+        per: Per = "batch",
+        scaling: Scaling = "inverted",
+        seed: int = 0,
+        optimizer: Optimizer | None = None,
+        own_drop: OwnDrop = "refuse",
+    ) -> None:
+        super().__init__(model, blocks, scaling=scaling, seed=seed, optimizer=optimizer, own_drop=own_drop)
+        self.drop_prob, self.rule, self.per = as_schedule(drop_prob), rule, per
+        self._check(
+            [
+                *number_problems("drop_prob", drop_prob),
+                *rule_problems(rule, len(self.blocks)),
+                *choice_problems(per=(per, Per)),
+            ]
+        )
+        if per == "sample":
+            self._need_ends('per="sample"')
+
+    def _probs(self, step: int) -> list[float]:
+        return drop_probs(probability("drop_prob", self.drop_prob, step), self.rule, len(self.blocks))
+
+    def _arm(self, gates: Gates, undo: ExitStack) -> None:
+        super()._arm(gates, undo)
+        if self.per == "sample":
+            check_batch_first(self.model, self.blocks, self.name)
+
+    def _on_step(self) -> None:
+        assert self._gates is not None
+        self._set_gates(self._gates, self.steps)
+        self._scale_eval()
+
+    def _set_gates(self, gates: Gates, step: int) -> None:
+        """Let every gate do what the draws of ``step`` say."""
+        if self.per == "batch":
+            self._close(gates, draw_closed(self._probs(step), self.seed, step), step)
+        else:
+            self._drop_samples(gates, SampleMasks(self._probs(step), self.seed, step))
