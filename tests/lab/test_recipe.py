@@ -5,6 +5,7 @@ from tiny_runs import TINY, tiny
 
 from resect.errors import FileError, InputError
 from resect.lab import recipe
+from resect.lab.config.method import METHODS, EpsilonGateConfig
 from resect.lab.registry import build
 
 
@@ -14,8 +15,8 @@ def test_shipped_recipes_build_and_survive_json():
         loaded = recipe.read(name)
         build(loaded.model.name, **loaded.model.options)
         assert recipe.parse(json.loads(json.dumps(loaded.dump()))) == loaded
-    assert recipe.read("digits-epsilon").method == recipe.MethodConfig(
-        epsilon=3.0, skip_muted_after=11, settle_after=198
+    assert recipe.read("digits-epsilon").method == EpsilonGateConfig(
+        name="epsilon-gate", epsilon=3.0, skip_muted_after=11, settle_after=198
     )
     assert recipe.read("digits-plain").method is None
 
@@ -29,6 +30,7 @@ def test_overrides_are_toml_values_or_bare_words():
             "train.flip=true",
             "model.name=cifar-resnet-8",
             "model.options.widths=[4, 4, 8]",
+            "method.name=epsilon-gate",
             "method.epsilon=2.5",
             'data.name="cifar10"',
         ],
@@ -78,8 +80,39 @@ def test_nesterov_needs_momentum():
 
 
 def test_differences_name_the_keys():
-    other = recipe.parse({**TINY, "train": {**TINY["train"], "lr": 0.2}, "method": {"epsilon": 1.0}})
+    other = recipe.parse({**TINY, "train": {**TINY["train"], "lr": 0.2}, "method": {"name": "epsilon-gate", "epsilon": 1.0}})
     found = list(recipe.differences(tiny(), other))
     assert found[0] == "train.lr: 0.1, now 0.2"
-    assert found[1].startswith("method: None, now {'name': 'epsilon-gate'")
+    assert found[1].startswith("method: None, now {")
+    assert "'name': 'epsilon-gate'" in found[1]
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_a_recipe_is_one_of_the_library(name):
+    from inspect import signature
+
+    from resect.lab.methods import CLASSES
+
+    keep = {"keep": 2} if "keep" in METHODS[name].model_fields else {}
+    config = METHODS[name](name=name, **keep)
+    assert set(config.options()) <= set(signature(CLASSES[name]).parameters)
+    found = recipe.parse({"model": {"name": "x"}, "method": config.model_dump()})
+    assert found.method == config
+
+
+def test_wrong_methods_are_named_with_the_nearest_valid_ones():
+    def problems(**method):
+        with pytest.raises(InputError) as caught:
+            recipe.parse({"model": {"name": "x"}, "method": method, "train": {"epochs": "many"}})
+        assert "train.epochs" in str(caught.value), "everything wrong is reported at once"
+        return str(caught.value)
+
+    assert "method.name: Unknown method 'stochastic-dept'. Did you mean 'stochastic-depth'?" in problems(
+        name="stochastic-dept"
+    )
+    assert "method.name: missing; one of stochastic-depth, " in problems(epsilon=2.5)
+    message = problems(name="stochastic-depth", drop_prb=0.5, rule="liner", drop_prob=1.5)
+    assert "method.drop_prb: Unknown key 'drop_prb'. Did you mean" in message
+    assert "method.rule" in message
+    assert "method.drop_prob: input should be less than or equal to 1, not 1.5" in message

@@ -13,6 +13,7 @@ from resect.blocks.plan import Plan
 from resect.files import whole_folder
 from resect.lab import recipe as recipes
 from resect.lab import runs
+from resect.lab.config.method import EpsilonGateConfig
 from resect.lab.data import mean_std, normalize
 from resect.lab.evaluate import evaluate
 from resect.lab.findings import Display
@@ -68,7 +69,8 @@ def cross_validate(folder: Path, display: Display, *, epochs: int = 25, seed: in
 
 
 def _changes(epochs: int, seed: int, fold: int) -> list[str]:
-    return [f"train.epochs={epochs}", f"train.seed={seed}", f"data.options={{ folds = {FOLDS}, fold = {fold} }}"]
+    split = f"data.options={{ folds = {FOLDS}, fold = {fold} }}"
+    return [f"train.epochs={epochs}", f"train.seed={seed}", "train.tensorboard=false", split]
 
 
 def _fold(work: Path, fold: int) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def _fold(work: Path, fold: int) -> dict[str, Any]:
     plan = Plan.load(work / f"gated-{fold}" / "plan.json")
     plain, _, _ = runs.open_run(work / f"plain-{fold}")
     row: dict[str, Any] = {"fold": fold, "plain": evaluate(plain, images, labels)}
-    assert recipe.method is not None
+    assert isinstance(recipe.method, EpsilonGateConfig)
     with resect.EpsilonGate(gated, blocks, epsilon=recipe.method.epsilon, muted_at_start="allow"):
         row["gated (ε)"] = evaluate(gated, images, labels)
     if plan.blocks:

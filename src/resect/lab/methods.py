@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import resect
 from resect.lab.config.method import MethodConfig
 
 
@@ -32,18 +33,23 @@ class Method(AbstractContextManager[Any], Protocol):
         """Continue from there."""
 
 
+CLASSES: dict[str, Callable[..., Any]] = {
+    "stochastic-depth": resect.StochasticDepth,
+    "residual-droppath": resect.ResidualDroppath,
+    "epsilon-gate": resect.EpsilonGate,
+    "effective-paths": resect.EffectivePaths,
+    "random-subset": resect.RandomSubset,
+}
 MakeMethod = Callable[[MethodConfig, nn.Module, torch.optim.Optimizer, Tensor], Method]
 
 
 def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer, example: Tensor) -> Method:
     """The method of a recipe on the residual blocks of ``model``; ``example`` is a training batch."""
-    import resect
-
     blocks = resect.find_blocks(model, example)
     if config.blocks == "identity":
         blocks = blocks.kind("identity")
-    options = config.model_dump(exclude={"name", "blocks"})
-    return resect.EpsilonGate(model, blocks, optimizer=optimizer, **options)
+    made: Method = CLASSES[config.name](model, blocks, optimizer=optimizer, **config.options())
+    return made
 
 
 class NoMethod:

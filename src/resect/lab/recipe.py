@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from resect.errors import FileError, InputError, check_all, unknown
 from resect.lab.config.base import Config
 from resect.lab.config.data import DataConfig
-from resect.lab.config.method import MethodConfig
+from resect.lab.config.method import METHODS, MethodConfig
 from resect.lab.config.model import ModelConfig
 from resect.lab.config.train import TrainConfig
 
@@ -104,10 +104,22 @@ def _override(tables: dict[str, Any], text: str) -> None:
 
 def _problem(error: Any) -> str:
     """One entry of pydantic's list as a sentence about the key."""
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg'].lower()}" + ("" if error["type"] == "missing" else f", not {error['input']!r}")
+    place: list[Any] = list(error["loc"])
     table: Any = Recipe
-    for part in error["loc"][:-1]:  # the table that has the unknown key
-        table = MethodConfig if part == "method" else table.model_fields[part].annotation
-    return f"{key}: {unknown('key', error['loc'][-1], table.model_fields)}"
+    if len(place) > 1 and place[1] in METHODS:  # pydantic names the member of the union that it tried
+        table = METHODS[place.pop(1)]
+    elif place[:-1]:
+        table = Recipe.model_fields[place[0]].annotation
+    key = ".".join(map(str, place))
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key}: {unknown('key', place[-1], table.model_fields)}"
+        case "union_tag_invalid":
+            return f"{key}.name: {unknown('method', error['ctx']['tag'], METHODS)}"
+        case "union_tag_not_found":
+            return f"{key}.name: missing; one of {', '.join(METHODS)}"
+        case "value_error":  # of keys that do not fit together
+            return f"{key}: {error['ctx']['error']}"
+        case "missing":
+            return f"{key}: {error['msg'].lower()}"
+    return f"{key}: {error['msg'].lower()}, not {error['input']!r}"
