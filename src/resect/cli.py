@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import warnings
 from functools import partial
@@ -85,21 +86,19 @@ def train(
     """
     from resect.lab import recipe as recipes
     from resect.lab.display import progress_bar
+    from resect.lab.interrupt import Interrupted
     from resect.lab.jobs import write_plan
     from resect.lab.trainer import train as run
 
     folder, wanted = to or Path("runs") / Path(recipe).stem, recipes.read(recipe, changes or ())
+    again = shlex.join(["resect", "train", recipe, *(changes or ()), "--out", str(folder), "--resume"])
     with progress_bar(err) as display:
-
-        def tell(done: int, total: int, row: dict[str, Any] | None) -> None:
-            display.steps(wanted.model.name, done, total)
-            if row is not None:
-                muted = f", {row['muted']:.0f} blocks muted" if "muted" in row else ""
-                speed = f"{row['images_per_second']:.0f} images/s"
-                found = f"loss {row['train_loss']:.4f}, test error {row['test_error']:.2f} %{muted}"
-                err.print(f"epoch {row['epoch']:>3}: {found}, {speed}")
-
-        result = run(wanted, folder, resume=resume, progress=tell)
+        tell = display.training(wanted.model.name, wanted.train.batch_size)
+        try:
+            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=err.print)
+        except Interrupted as stopped:
+            err.print(f"{stopped} Go on with:\n  {again}", soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from None
     write_plan(result, wanted)
     out.print(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")
 

@@ -11,13 +11,13 @@ from resect.lab.sampler import generator_for
 TINY = {
     "model": {"name": "cifar-preresnet-8", "options": {"widths": [4, 4, 8]}},
     "data": {"name": "digits", "options": {"folds": 4}},
-    "train": {"epochs": 3, "batch_size": 256, "shift": 1, "weight_decay": 1e-3},
+    "train": {"epochs": 3, "batch_size": 256, "shift": 1, "weight_decay": 1e-3, "tensorboard": False},
 }
 
 
 def tiny(method: bool = False, **train: object) -> recipe.Recipe:
     tables = {**TINY, "train": {**TINY["train"], **train}}
-    return recipe.parse({**tables, "method": {"epsilon": 0.5}} if method else tables)
+    return recipe.parse({**tables, "method": {"name": "epsilon-gate", "epsilon": 0.5}} if method else tables)
 
 
 class FakeMethod:
@@ -64,8 +64,8 @@ class Stop(Exception):
 
 
 def stop_after(epoch: int):
-    def progress(done, steps, row):
-        if row and row["epoch"] == epoch:
+    def progress(now):
+        if now.row and now.row["epoch"] == epoch:
             raise Stop
 
     return progress

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder ``checkpoint-000012`` with tensors.safetensors and state.json, whole or absent.
+"""Checkpoints: a folder ``checkpoint-000012``, after 12 steps, with tensors.safetensors and state.json.
 
 Both files are written and synced in a hidden folder, which is then renamed: the name appears only once the
 checkpoint is complete, and only then the one before it goes. No pickle.
@@ -19,7 +19,7 @@ from resect.errors import FileError
 from resect.files import read_tensors, whole_folder
 from resect.lab.tree import flatten, unflatten
 
-FORMAT = "resect-checkpoint-1"
+FORMAT = "resect-checkpoint-2"
 PREFIX = "checkpoint-"
 
 
@@ -29,7 +29,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, number: int, state: dict[str, Any]) -> Path:
-    """Write checkpoint ``number`` (a count of epochs) and remove older ones.
+    """Write checkpoint ``number`` (a count of optimizer steps) and remove older ones.
 
     ``state`` is nested dicts, lists and tuples of tensors and JSON data.
 

@@ -51,7 +51,7 @@ def demo(folder: Path, display: Display, *, epochs: int = 25, seed: int = 0) -> 
 
 def train_nets(work: Path, found: Findings, display: Display, epochs: int, seed: int) -> Nets:
     """Train the five nets, two at a time; study the plain one while the last of them trains."""
-    options = [f"train.epochs={epochs}", f"train.seed={seed}"]
+    options = [f"train.epochs={epochs}", f"train.seed={seed}", "train.tensorboard=false"]
     gated = recipes.read("digits-epsilon", options)
     plain = recipes.parse(gated.dump() | {"method": None})
     small = {"widths": [8, 16, 32]}

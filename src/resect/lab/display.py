@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+
+from resect.lab import progress as lab
+
+LINE_EVERY = 30.0  # seconds between lines about the steps, where there is no terminal to show a bar
 
 
 class Bars:
@@ -27,13 +32,50 @@ class Bars:
     def steps(self, name: str, done: int, total: int) -> None:
         """Move the bar of a piece of work, making it first if it is new."""
         if name not in self._bars:
-            self._bars[name] = self._progress.add_task(name, total=total)
+            self._bars[name] = self._progress.add_task(name, total=total, note="")
         self._progress.update(self._bars[name], completed=done, total=total)
+
+    def training(self, name: str, batch_size: int) -> lab.Tell:
+        """Show a training: a bar with images/s, open blocks and the time left, and a line for every epoch."""
+        console = self._progress.console
+        every = 0.25 if console.is_terminal else LINE_EVERY
+        shown = time.monotonic()
+
+        def tell(now: lab.Progress) -> None:
+            nonlocal shown
+            if now.row is not None:
+                console.print(epoch_line(now.row), soft_wrap=True, highlight=False)
+                return
+            self.steps(name, now.step, now.steps)
+            if time.monotonic() - shown < every:
+                return
+            shown = time.monotonic()
+            task = self._progress.tasks[self._progress.task_ids.index(self._bars[name])]
+            note = ", ".join(filter(None, [_speed(task, batch_size), now.open_blocks()]))
+            self._progress.update(task.id, note=note)
+            if not console.is_terminal:
+                left = f"{task.time_remaining / 60:.0f} min left" if task.time_remaining is not None else ""
+                line = ", ".join(filter(None, [f"step {now.step} of {now.steps}", note, left]))
+                console.print(line, soft_wrap=True, highlight=False)
+
+        return tell
+
+
+def epoch_line(row: dict[str, float]) -> str:
+    """One line about an epoch's row of the history."""
+    muted = f", {row['muted']:.0f} blocks muted" if "muted" in row else ""
+    found = f"loss {row['train_loss']:.4f}, test error {row['test_error']:.2f} %{muted}"
+    return f"epoch {row['epoch']:>3}: {found}, {row['images_per_second']:.0f} images/s"
+
+
+def _speed(task: Task, batch_size: int) -> str:
+    return f"{task.speed * batch_size:.0f} images/s" if task.speed else ""
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Bars]:
     """Show progress bars for the length of a ``with`` statement."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (name, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=10) as progress:
         yield Bars(progress)

@@ -21,8 +21,9 @@ from resect.blocks.plan import Plan
 from resect.lab import runs
 from resect.lab.data import load as load_data
 from resect.lab.data import mean_std, normalize
+from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe, parse
-from resect.lab.trainer import Progress, TrainResult, train
+from resect.lab.trainer import TrainResult, train
 
 Report = Callable[[str, int, int], None]
 """``report(name of the job, steps done, steps in all)``"""
@@ -41,7 +42,7 @@ class Job:
     plan: Path | None = None
 
 
-def run(job: Job, progress: Progress | None = None) -> TrainResult:
+def run(job: Job, progress: Tell | None = None) -> TrainResult:
     """Train one net; a gated one leaves ``plan.json``, the blocks it has made superfluous, in its folder."""
     recipe = parse(job.recipe)
     model = None
@@ -125,8 +126,8 @@ def _begin(queue: SimpleQueue[Any]) -> None:
 
 
 def _run_there(job: Job) -> None:
-    def tell(done: int, total: int, row: dict[str, Any] | None) -> None:
-        if _queue is not None and row is None:
-            _queue.put((job.name, done, total))
+    def tell(progress: Progress) -> None:
+        if _queue is not None and progress.row is None:
+            _queue.put((job.name, progress.step, progress.steps))
 
     run(job, tell)

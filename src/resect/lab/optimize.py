@@ -16,18 +16,23 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
     - one-cycle: from lr/25 up to lr over the first 30 %, down to lr/250,000 at the last step, both along half
       a cosine (the defaults of ``torch.optim.lr_scheduler.OneCycleLR``; momentum is not cycled).
-    - cosine: from lr down towards 0. step: lr, a tenth of it from 50 %, a hundredth from 75 % (Huang 2016).
+    - cosine: from lr, at the end of the warm-up, down towards 0.
+    - step: lr, times ``factor`` after each of ``milestones``; the defaults are those of Huang 2016.
+
+    During ``warmup`` epochs the rate rises from near 0 to lr, by the same amount every step.
     """
-    done = step / steps
+    warmup = config.warmup / config.epochs * steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "one-cycle":
         peak, last = 0.3 * steps - 1, steps - 1
         if step <= peak:
             return _half_cosine(config.lr / 25, config.lr, step / peak)
         return _half_cosine(config.lr, config.lr / 25 / 1e4, (step - peak) / (last - peak))
     if config.schedule == "cosine":
-        return _half_cosine(config.lr, 0.0, done)
+        return _half_cosine(config.lr, 0.0, (step - warmup) / (steps - warmup))
     if config.schedule == "step":
-        return config.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
+        return config.lr * config.factor ** sum(step / steps >= milestone for milestone in config.milestones)
     return config.lr
 
 

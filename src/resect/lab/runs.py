@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,34 @@ def build_model(recipe: Recipe, data: ImageData) -> nn.Module:
     return build(recipe.model.name, **fitting | recipe.model.options)
 
 
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` for a training; one that fails before it wrote anything leaves no folder behind.
+
+    Raises:
+        FileError: something in the way is no folder, or it must not be made.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty ends it
+            for path in new:
+                path.rmdir()
+        raise
+
+
 def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The state to continue from, or None for a new run in ``folder``.
 
     Raises:
         InputError: the folder holds a run already and ``resume`` is False, or holds one of another recipe.
-        FileError: the checkpoint is damaged, or something in the way is no folder.
+        FileError: the checkpoint is damaged.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
     last = checkpoint.newest(folder)
     if last is None:
         return None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from resect.lab import checkpoint
+from resect.lab import checkpoint, pace
 from resect.lab.data import ImageData, mean_std, normalize
 from resect.lab.evaluate import check_fit
 from resect.lab.methods import MakeMethod, Method, NoMethod
@@ -19,15 +20,16 @@ from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
 from resect.lab.sampler import Sampler
 
-CHECKPOINT_SHARE = 0.05  # of the training time; a checkpoint that would cost more waits for a later epoch
+CHECKPOINT_SHARE = 0.05  # of the training time; a checkpoint that would cost more waits
 
 
 @dataclass
 class Session:
-    """A training in progress. ``net`` is ``model`` as accelerate wraps it for several processes."""
+    """A training in progress. ``net`` is ``model`` as accelerate and the compiler wrap it."""
 
     recipe: Recipe
     accelerator: Accelerator
+    pace: pace.Pace
     model: nn.Module
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,24 +38,60 @@ class Session:
     images: Tensor  # the training split, on the device: uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,)
     stats: tuple[Tensor, Tensor]  # mean and std per channel, on the device
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # in place of `learning_rate`: steps every epoch
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the steps of this epoch that were looked at
+    seconds: float = 0.0  # of this epoch, up to the last look
     writing: float = 0.0  # seconds spent on checkpoints by this process
+    saved_at: float = field(default_factory=time.perf_counter)
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes, as a context."""
-        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+        return self.pace.autocast(self.images.device)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
         return self.recipe.train.epochs * len(self.sampler)
 
+    @property
+    def affordable(self) -> bool:
+        """Whether the checkpoints so far took little enough time for another one."""
+        return self.writing <= CHECKPOINT_SHARE * (self.seconds + sum(row["seconds"] for row in self.history))
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last checkpoint is so old that this process is to write one within an epoch."""
+        age = time.perf_counter() - self.saved_at
+        due = age >= 60 * self.recipe.train.checkpoint_minutes
+        return due and self.accelerator.is_main_process and self.affordable
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process trains with this one."""
+        return self.accelerator.num_processes == 1
+
+    def any(self, wish: bool) -> bool:
+        """Whether some process has this wish: all of them must call this at the same step."""
+        if self.alone:
+            return wish
+        return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.images.device)).item())
+
 
 def start(
-    recipe: Recipe, accelerator: Accelerator, model: nn.Module, data: ImageData, make_method: MakeMethod
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: ImageData,
+    make_method: MakeMethod,
+    saved: dict[str, Any] | None,
+    say: pace.Say,
 ) -> Session:
-    """A session before its first step: all on the device, the method made but not attached."""
+    """A session before its first step: all on the device, the method made but not attached.
+
+    The pace is that of ``saved``, for a resume, or chosen now: see `pace.choose`.
+    """
     config, device = recipe.train, accelerator.device
     mean, std = mean_std(data.train)
     images, labels, stats = (
@@ -61,11 +99,6 @@ def start(
         data.train.labels.to(device),
         (mean.to(device), std.to(device)),
     )
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    example = normalize(images[: config.batch_size], *stats)  # max|f| grows with the batch
-    check_fit(model, example, len(data.classes), recipe.model.name)
     sampler = Sampler(
         len(labels),
         config.batch_size,
@@ -73,10 +106,20 @@ def start(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
+    model.to(device)
+    part = -(-config.batch_size // config.accumulate)
+    example = normalize(images[:part], *stats)  # max|f| grows with the batch
+    check_fit(model, example, len(data.classes), recipe.model.name)
+    steps = config.epochs * len(sampler)
+    chosen = pace.Pace(**saved["pace"]) if saved else pace.choose(recipe, model, example, labels[:part], steps, say)
+    (chosen,) = broadcast_object_list([chosen])
+    chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
     method = make_method(recipe.method, model, optimizer, example) if recipe.method else NoMethod()
     net, optimizer = accelerator.prepare(model, optimizer)
-    return Session(recipe, accelerator, model, net, optimizer, method, sampler, images, labels, stats)
+    if chosen.compile:
+        net = torch.compile(net)
+    return Session(recipe, accelerator, chosen, model, net, optimizer, method, sampler, images, labels, stats)
 
 
 def restore(session: Session, saved: dict[str, Any]) -> None:
@@ -85,34 +128,40 @@ def restore(session: Session, saved: dict[str, Any]) -> None:
     session.optimizer.load_state_dict(saved["optimizer"])
     session.method.load_state_dict(saved["method"])
     session.sampler.load_state_dict(saved["sampler"])
+    if session.scheduler is not None:
+        session.scheduler.load_state_dict(saved["scheduler"])
     session.step, session.history = saved["step"], saved["history"]
+    session.losses, session.seconds = saved["losses"], saved["seconds"]
     torch.set_rng_state(saved["rng"])
     if "cuda_rng" in saved and session.images.is_cuda:
         torch.cuda.set_rng_state(saved["cuda_rng"], session.images.device)
 
 
 def save(session: Session, folder: Path) -> None:
-    """Write a checkpoint of the session, unless it is too early for another one.
+    """Write a checkpoint of the session, between two steps, all of whose losses were looked at.
 
     Raises:
         FileError: it could not be written; the one before it is whole and in place.
     """
-    trained = sum(row["seconds"] for row in session.history)
-    last = session.step == session.steps
-    if not session.accelerator.is_main_process or (not last and session.writing > CHECKPOINT_SHARE * trained):
+    if not session.accelerator.is_main_process:
         return
     begun = time.perf_counter()
     state: dict[str, Any] = {
         "recipe": session.recipe.dump(),
+        "pace": asdict(session.pace),
         "model": session.model.state_dict(),
         "optimizer": session.optimizer.state_dict(),
+        "scheduler": session.scheduler.state_dict() if session.scheduler is not None else None,
         "method": session.method.state_dict(),
         "sampler": session.sampler.state_dict(),
         "step": session.step,
         "history": session.history,
+        "losses": session.losses,
+        "seconds": session.seconds,
         "rng": torch.get_rng_state(),
     }
     if session.images.is_cuda:
         state["cuda_rng"] = torch.cuda.get_rng_state(session.images.device)
-    checkpoint.save(folder, len(session.history), state)
-    session.writing += time.perf_counter() - begun
+    checkpoint.save(folder, session.step, state)
+    session.saved_at = time.perf_counter()
+    session.writing += session.saved_at - begun
