@@ -20,7 +20,7 @@ from resect.lab.recipe import Recipe
 Say = Callable[[str], None]
 
 MIN_STEPS = 500  # measuring takes 16 of them
-ROUNDS = 3  # timed steps of each way, after one to warm up
+ROUNDS = 4  # timed passes of each way, the first of which warms up
 MARGIN = 1.1  # a way must be this much faster than a simpler one
 MIN_SECONDS_TO_COMPILE = 1800  # of training: compiling alone takes 20 to 100 seconds
 
@@ -93,12 +93,10 @@ def measure(model: nn.Module, ways: list[Pace], images: Tensor, labels: Tensor) 
     """Seconds of one forward and backward pass, by way; inf for a way that fails. Changes ``model``."""
     model.train()
     times = dict.fromkeys(ways, math.inf)
-    for turn in range(1 + ROUNDS):
+    for _ in range(ROUNDS):
         for way in ways:
             way.lay_out(model)
-            seconds = _pass(model, model, way, images, labels)
-            if turn:
-                times[way] = min(times[way], seconds)
+            times[way] = min(times[way], _pass(model, model, way, images, labels))
     return times
 
 
@@ -107,7 +105,7 @@ def measure_compiled(model: nn.Module, way: Pace, images: Tensor, labels: Tensor
     way.lay_out(model.train())
     net = torch.compile(model)
     first = _pass(model, net, way, images, labels)
-    return min(_pass(model, net, way, images, labels) for _ in range(ROUNDS)) + first / steps
+    return min(_pass(model, net, way, images, labels) for _ in range(ROUNDS - 1)) + first / steps
 
 
 def _pass(model: nn.Module, net: Callable[[Tensor], Tensor], way: Pace, images: Tensor, labels: Tensor) -> float:
