@@ -13,6 +13,7 @@ from resect.train import schedules
 from resect.train.stochastic_depth import StochasticDepth
 from resect.train.residual_droppath import ResidualDroppath
 from resect.train.epsilon_gate import EpsilonGate
+from resect.train.adaptive_lr import AdaptiveLR
 from resect.train.effective_paths import EffectivePaths
 from resect.train.random_subset import RandomSubset
 from resect.analyse.lesion import LesionStudy, lesion_study
@@ -25,6 +26,7 @@ from resect.shrink.files import load, save
 # isort: on
 
 __all__ = [
+    "AdaptiveLR",
     "Blocks",
     "EffectivePaths",
     "EpsilonGate",

@@ -16,7 +16,7 @@ from torch import nn
 import resect
 from resect.blocks.intercept import Intercepted
 from resect.errors import AttachError, InputError
-from resect.train.epsilon_gate import epsilon_gate
+from resect.train.muting import epsilon_gate
 
 pytestmark = pytest.mark.core
 
@@ -120,7 +120,7 @@ def test_weight_decay_and_momentum_act_on_a_muted_branch(setup):
             optimizer.step()
             optimizer.zero_grad()
     assert net.layers[0].a.down.weight.norm() < before.norm()
-    assert method.metrics() == {"muted": 4.0}
+    assert method.metrics()["muted"] == 4.0
 
 
 def test_a_net_muted_everywhere_equals_the_net_closed_everywhere(setup):
@@ -255,7 +255,7 @@ def test_branches_just_below_epsilon_are_warned_of(setup):
 def test_misuse_gets_one_clear_message_and_leaves_nothing_attached(setup):
     net, _x, blocks = setup
     for epsilon in (-1, float("nan"), "2.5", True):
-        with pytest.raises(InputError, match="epsilon must be a number at least 0"):
+        with pytest.raises(InputError, match="epsilon must be a number of at least 0"):
             resect.EpsilonGate(net, blocks, epsilon=epsilon)
     with pytest.raises(resect.ResectError, match="at least one residual block"):
         resect.EpsilonGate(net, blocks[:0], epsilon=1.0)
@@ -343,7 +343,7 @@ def test_settled_nothing_changes_any_more_and_the_rest_is_open(setup):
     with torch.no_grad(), resect.closed(net, plan.names):
         assert torch.equal(output[0], net(1e-3 * x)), "open however small the response"
         assert torch.equal(output[1], net(x))
-    with pytest.raises(InputError, match="settle_after needs skip_muted_after"):
+    with pytest.raises(InputError, match="settle_after and recheck_every need skip_muted_after"):
         resect.EpsilonGate(net, blocks, epsilon=epsilon, settle_after=3)
 
 
@@ -366,3 +366,157 @@ def test_a_branch_end_frozen_in_eval_mode_is_counted(setup):
         method.begin_step()
         net(x)
         assert set(method.muted_steps().values()) == {1}
+
+
+def test_the_running_mean_of_muted_blocks_is_tensorpacks(setup):
+    net, x, blocks = setup
+    epsilon = between(responses(net, x, blocks).values())
+    wanted = 0.0
+    with resect.EpsilonGate(net, blocks, epsilon=epsilon, muted_at_start="allow") as method:
+        for t, scale in enumerate((1, 1, 100, 1, 100, 100)):
+            method.begin_step()
+            net(scale * x)
+            muted = sum(value <= epsilon for value in method.responses().values())
+            decay = min(0.95, (1 + t) / (10 + t))
+            wanted = decay * wanted + (1 - decay) * muted
+            assert method.muted_average == pytest.approx(wanted)
+            assert method.metrics()["muted_average"] == pytest.approx(wanted)
+
+
+def test_a_schedule_starts_the_gate_late_so_that_zero_initialised_branches_can_learn(setup):
+    net, x, blocks = setup
+    nn.init.zeros_(net.layers[2].a.down.weight)
+    nn.init.zeros_(net.layers[2].a.down.bias)
+    plain = copy.deepcopy(net)
+    with resect.EpsilonGate(net, blocks, epsilon=resect.schedules.StartAt(1e9, 2)) as method:
+        for muted in (0, 0, 4):
+            method.begin_step()
+            assert method.epsilon == (1e9 if muted else 0)
+            if not muted:
+                assert torch.equal(net(x), plain(x))
+            net(x)
+            assert method.metrics()["muted"] == muted
+    method = resect.EpsilonGate(net, blocks, epsilon=lambda step: -1.0, muted_at_start="allow")
+    with pytest.raises(InputError, match="epsilon must be a number at least 0"), method:
+        method.begin_step()
+
+
+def test_in_units_of_the_stream_the_size_of_the_stream_does_not_matter():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Linear(5, 5, bias=False) for _ in range(4))
+
+        def forward(self, x):
+            for f in self.fs:
+                x = x + f(x)
+            return x
+
+    torch.manual_seed(0)
+    net, x = Scaled(), torch.randn(16, 5)
+    blocks = resect.find_blocks(net, x)
+    with torch.no_grad():
+        net.fs[1].weight.mul_(0.05)
+        stream = x + net.fs[0](x)
+        small = float(net.fs[1](stream).abs().max() / stream.square().mean().sqrt())
+    for scale in (1e-4, 1.0, 1e4):
+        with (
+            resect.EpsilonGate(net, blocks, epsilon=1.01 * small, units="stream", muted_at_start="allow") as method,
+            torch.no_grad(),
+        ):
+            method.begin_step()
+            output = net(scale * x)
+            assert list(method.muted_steps().values()) == [0, 1, 0, 0]
+            assert method.responses()["fs.1"] == pytest.approx(small, rel=1e-4)
+        with torch.no_grad(), resect.closed(net, "fs.1"):
+            assert torch.equal(output, net(scale * x))
+    output = net(x)
+    with resect.EpsilonGate(net, blocks, epsilon=1e-9, units="stream", muted_at_start="allow"):
+        assert torch.equal(net(x), output), "open is as without a gate"
+
+
+def test_closed_blocks_are_computed_again_now_and_then(setup):
+    net, x, blocks = setup
+    method = resect.EpsilonGate(net, blocks, epsilon=1e6, skip_muted_after=2, recheck_every=5, muted_at_start="allow")
+    computed = []
+    with method, torch.no_grad():
+        for step in range(12):
+            method.begin_step()
+            net(x if step < 10 else 1e9 * x)  # layer norm: only the weights can make a response large
+            computed.append(method.open_blocks)
+            if step == 7:
+                net.layers[0].a.down.weight.mul_(1e9)
+    assert computed == [4, 4, 0, 0, 0, 4, 0, 0, 0, 0, 4, 1], "the block that a recheck leaves open stays computed"
+    assert list(method.muted_steps().values()) == [0, 12, 12, 12]
+
+
+def test_side_supervision_is_the_formula_and_must_be_optimised(setup):
+    net, x, blocks = setup
+    y = torch.arange(16) % 4
+    before = torch.random.get_rng_state()
+    method = resect.EpsilonGate(net, blocks, epsilon=1e-9, side=0.1, side_at="layers.1/b")
+    assert torch.equal(before, torch.random.get_rng_state())
+    twin = copy.deepcopy(net)
+    weights = list(method.parameters())
+    assert sum(p.numel() for p in weights) == 2 * 6 + 6 * 4 + 4
+    with pytest.raises(AttachError, match=r"40 weights\), and no optimizer has them.*\*method.parameters\(\)"):
+        resect.EpsilonGate(
+            net, blocks, epsilon=1e-9, side=0.1, optimizer=torch.optim.SGD(net.parameters(), 0.1)
+        ).attach()
+    optimizer = torch.optim.SGD([*net.parameters(), *weights], lr=0.1)
+    with method:
+        method.begin_step()
+        with pytest.raises(InputError, match="comes after the forward pass"):
+            method.extra_loss(y)
+        loss = nn.functional.cross_entropy(net(x), y)
+        with pytest.raises(InputError, match=r"extra_loss\(y\)"):
+            method.extra_loss()
+        extra = method.extra_loss(y)
+        (loss + extra).backward()
+        stream = twin.layers[1](twin.layers[0](twin.stem(x)))
+        norm, fc = nn.BatchNorm1d(6), nn.Linear(6, 4)
+        fc.load_state_dict({"weight": weights[2].detach(), "bias": weights[3].detach()})
+        wanted = 0.1 * nn.functional.cross_entropy(fc(torch.relu(norm(stream))), y)
+        assert torch.allclose(extra, wanted)
+        wanted.backward()
+        assert torch.allclose(weights[2].grad, fc.weight.grad)
+        optimizer.step()
+        assert weights[2].grad.any()
+    state = method.state_dict()
+    again = resect.EpsilonGate(net, blocks, epsilon=1e-9, side=0.1, side_at="layers.1/b")
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), weights, strict=True))
+    alone = torch.optim.SGD(net.parameters(), lr=0.1)
+    with again:
+        again.begin_step()
+        net(x).sum().backward()
+        alone.step()
+        with pytest.raises(AttachError, match="no optimizer has them"):
+            again.begin_step()
+    assert resect.EpsilonGate(net, blocks, epsilon=1e-9, side=0.1)._side.block.name == blocks[2].name
+
+
+def test_the_plan_holds_the_evidence(setup):
+    net, x, blocks = setup
+    epsilon = between(responses(net, x, blocks).values())
+    with resect.EpsilonGate(net, blocks, epsilon=epsilon, muted_at_start="allow") as method:
+        for scale in (1.0, 0.5):
+            method.begin_step()
+            net(scale * x)
+    plan = method.finalize(steps=2, data=[(2 * x, None), (x, None)])
+    assert plan.names
+    with resect.EpsilonGate(net, blocks, epsilon=epsilon, muted_at_start="allow") as other:
+        largest = []
+        for scale in (1.0, 0.5):
+            other.begin_step()
+            net(scale * x)
+            largest.append(other.responses())
+    for name in plan.names:
+        assert plan.evidence["largest_while_muted"][name] == max(seen[name] for seen in largest) <= epsilon
+        assert plan.evidence["muted_steps"][name] == 2
+    assert plan.evidence["largest_in_data"].keys() == set(blocks.names)
+    first = blocks[0].name
+    with torch.no_grad():
+        wanted = max(float(net.layers[0].a(net.stem(scale * x)).abs().max()) for scale in (2, 1))
+    assert plan.evidence["largest_in_data"][first] == pytest.approx(wanted)
+    assert resect.Plan.from_json(plan.to_json()) == plan

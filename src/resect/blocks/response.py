@@ -21,6 +21,24 @@ def largest_response(branch: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
+def relative_response(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """Return ``max|branch|`` in units of the stream: over the root mean square of the shortcut, as a tensor ()."""
+    size = shortcut.detach().float().square().mean().sqrt()
+    return largest_response(branch).float() / size.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class WatchSum:
+    """A join that adds as the model does and takes down max|f| in units of the stream's size."""
+
+    def __init__(self, name: str, seen: dict[str, Any]) -> None:
+        self.name, self.seen = name, seen
+
+    def __call__(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """Return ``shortcut + branch``."""
+        self.seen[self.name] = float(relative_response(branch, shortcut))
+        return shortcut + branch
+
+
 class Watch(Generic[Seen]):
     """A gate function that lets the branch end pass and takes down what ``look`` says of it."""
 
@@ -44,17 +62,30 @@ def watch(gates: Gates, look: Callable[[Tensor], Any] | None = None) -> dict[str
     return seen
 
 
+def watch_sums(gates: Gates) -> dict[str, Any]:
+    """Watch every gate's sum: the dict returned holds max|f| in units of the stream by name."""
+    seen: dict[str, Any] = {}
+    for gate in gates:
+        gate.join_by(WatchSum(gate.block.name, seen))
+    return seen
+
+
 def look_on_example(
-    model: nn.Module, which: Which, example: Example, look: Callable[[Tensor], Any] | None = None
+    model: nn.Module,
+    which: Which,
+    example: Example,
+    look: Callable[[Tensor], Any] | None = None,
+    *,
+    relative: bool = False,
 ) -> dict[str, Any]:
     """Return ``look(branch end)`` of every branch on an example, in train mode, as a training step will see it.
 
-    Buffers, modes and random numbers are as before afterwards. An example too small for batch statistics
-    is run in eval mode.
+    ``relative``: max|f| in units of the stream's size instead. Buffers, modes and random numbers are as before
+    afterwards. An example too small for batch statistics is run in eval mode.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with kept_modes(model), torch.no_grad(), torch.random.fork_rng(), gates(model, which) as watched:
-        seen = watch(watched, look)
+        seen = watch_sums(watched) if relative else watch(watched, look)
         try:
             try:
                 example.run(model.train())

@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from resect.blocks.gate import Gates, Which
 from resect.blocks.intercept import Gate
-from resect.errors import InputError, check_all
+from resect.errors import check_all
 from resect.train.fold import fold
+from resect.train.freeze import Parts
 from resect.train.masks import DropSamples, SampleMasks
 from resect.train.method import Method
 from resect.train.own_drop import SwitchedOff, find_own_drop, refuse
-from resect.train.problems import choice_problems, count_problems
+from resect.train.problems import check_ends, choice_problems, count_problems
 
 Scaling = Literal["none", "inverted", "paper"]
 OwnDrop = Literal["refuse", "replace"]
@@ -56,7 +57,7 @@ class Dropping(Method):
         problems += count_problems(seed=(self.seed, 0))
         check_all(problems, self.name)
         if self.scaling != "none":
-            self._need_ends(f'scaling="{self.scaling}"')
+            check_ends(self.blocks, f'{self.name}(scaling="{self.scaling}")')
 
     def _probs(self, step: int) -> list[float]:
         """Return per block the probability to be closed in a training step."""
@@ -104,10 +105,27 @@ class Dropping(Method):
                 "hurt more than it helps.",
                 stacklevel=4,
             )
+        self._parts = Parts(self.model, self.blocks)
         if self.scaling == "paper":
             self._eval_gates = Gates(self.model, self.blocks, holder=self.name, mode="eval")
             undo.callback(self._eval_gates.detach)
             self._scale_eval()
+
+    def _on_step(self) -> None:
+        assert self._gates is not None
+        self._parts.check(self.model, self.name)
+        self._set_gates(self._gates, self.steps)
+        self._scale_eval()
+
+    def _set_gates(self, gates: Gates, step: int) -> None:
+        """Let every gate do what the draws of ``step`` say."""
+        raise NotImplementedError
+
+    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self._gates is not None
+        # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on.
+        closed = [place for place, gate in enumerate(self._gates) if gate.is_closed and gate.acts]
+        self._parts.leave_out(closed)
 
     def _scale_eval(self) -> None:
         """Give the eval gates the factors of the current step."""
@@ -144,12 +162,3 @@ class Dropping(Method):
             gate.scale(1.0 / (1.0 - prob))
         elif gate.state != "open":
             gate.open()
-
-    def _need_ends(self, what: str) -> None:
-        unusable = [block for block in self.blocks if not block.scalable]
-        if unusable:
-            raise InputError(
-                f"{self.name} with {what} acts on the branch end, and {len(unusable)} of {len(self.blocks)} blocks "
-                f"have none to act on: {unusable[0].name!r} ({unusable[0].reason}). Leave out such blocks: "
-                "blocks.select(b for b in blocks if b.scalable)."
-            )

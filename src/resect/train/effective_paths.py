@@ -55,10 +55,6 @@ class EffectivePaths(Dropping):
     def _probs(self, step: int) -> list[float]:
         return [1.0 - self.keep / len(self.blocks)] * len(self.blocks)
 
-    def _on_step(self) -> None:
-        assert self._gates is not None
-        self._set_gates(self._gates, self.steps)
-
     def _set_gates(self, gates: Gates, step: int) -> None:
         stays = draw_subset(self.keep, len(self.blocks), self.seed, step)
         self._close(gates, [not stay for stay in stays], step)

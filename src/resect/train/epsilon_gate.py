@@ -5,7 +5,7 @@ Yu, Yu, Ramalingam, "Learning Strict Identity Mappings in Deep Residual Networks
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -13,34 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resect.blocks.example import Example, device_of
+from resect.blocks.example import Forward, device_of, forward_batch
 from resect.blocks.gate import Gates, Which, check_number
+from resect.blocks.intercept import Gate
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
-from resect.blocks.response import largest_response, watch
-from resect.errors import AttachError, InputError, unknown
-from resect.train.method import Method, is_recomputing
+from resect.blocks.response import look_on_example
+from resect.errors import InputError, check_all
+from resect.train.method import Method
+from resect.train.muted import MutedCount
+from resect.train.muting import Muting, check_start
+from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
+from resect.train.schedules import Schedule, as_schedule
+from resect.train.side import SideSupervision, average_over_ranks
 
-
-def epsilon_gate(branch: Tensor, epsilon: float) -> Tensor:
-    """Return ``branch``, or zeros if every ``|element| <= epsilon``.
-
-    One decision for the whole tensor (the paper's per-device batch). Open, value and gradient are those
-    without the gate. Muted, the value is 0 and the gradients are zeros, not None: weight decay and
-    momentum go on acting, which makes the branch wither. ``epsilon = 0`` is no gate at all. A NaN counts
-    as open, so that a diverged branch stays visible.
-
-    Equal, in value and gradient, to the paper's ``f·(1 − relu(1 − K·relu(1 − K·s)))`` of four ReLUs with
-    ``s = max(relu(f − ε) + relu(−f − ε))``, except on its ramp of width 1/K (about 1e-6).
-    """
-    if epsilon == 0:
-        return branch
-    return torch.where(is_muted(branch, epsilon), torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
-
-
-def is_muted(branch: Tensor, epsilon: float) -> Tensor:
-    """Return whether ``max|branch| <= epsilon``, as a boolean tensor () on the branch's device."""
-    return largest_response(branch) <= epsilon
+Units = Literal["absolute", "stream"]
 
 
 class EpsilonGate(Method):
@@ -52,15 +39,24 @@ class EpsilonGate(Method):
     Parameters
     ----------
     model, blocks: the model and its blocks (``find_blocks``), all with a usable branch end.
-    epsilon: threshold on max|f|; at least 0, where 0 changes nothing. The paper uses 2.5 on CIFAR
-        (pre-activation ResNets, SGD with weight decay 2e-4), 1.8–2.1 on ImageNet.
-    skip_muted_after: close a block for good once it was muted in this many steps running: its branch is
-        not computed any more, so that training gets faster as the net gets shallower, and a block that
-        hovers around ε is settled. None (the paper): every block can reopen at any time.
+    epsilon: threshold on max|f|, a number of at least 0 or a schedule of the step; 0 changes nothing. The paper
+        uses 2.5 on CIFAR (pre-activation ResNets, SGD with weight decay 2e-4), 1.5 on SVHN, 1.8–2.1 on ImageNet.
+        ``resect.schedules.StartAt(2.5, step)`` starts late, which zero-initialised branches need.
+    units: ``"absolute"`` (the paper), or ``"stream"``: beyond the paper, ``epsilon`` times the root mean
+        square of the shortcut on this batch, so that one value fits nets whose streams differ in size.
+    side: weight of the side supervision in ``extra_loss(y)``; the paper's is 0.1, 0 (default) is none. Its head's
+        weights are in ``parameters()`` and must be given to an optimizer.
+    side_at: the block after whose owner the head sits; None: the published place, the middle block.
+    skip_muted_after: close a block once it was muted in this many steps running: its branch is not computed any
+        more, so that training gets faster as the net gets shallower. None (the paper): always computed.
+    recheck_every: every so many steps the closed blocks are computed again for one step; one that the gate then
+        leaves open counts anew. 0: a closed block stays closed.
     settle_after: from this training step on nothing changes any more: blocks closed by
         ``skip_muted_after`` stay closed, all others are open without a gate, and what is trained to the end
         is the net that remains after cutting. None (the paper): gated to the end.
-    optimizer: if given, a forgotten ``begin_step()`` is noticed.
+    seed: of the side head's first weights.
+    optimizer: whose steps ``begin_step()`` is checked against, and that must hold the side head; by default
+        every optimizer's that holds weights of the model.
     muted_at_start: ``"raise"`` refuses a model some of whose branches are muted before training starts
         (zero-initialised ones would stay muted for ever); ``"allow"`` is for a trained model.
 
@@ -68,15 +64,17 @@ class EpsilonGate(Method):
     ------
     AttachError: at ``attach()``, with the remedy, when branches start muted beyond chance (``max|f|`` at
         most half of ``epsilon`` on the example of the blocks, in train mode; between half and the whole,
-        a warning), or when another method holds a block.
-    InputError: ``epsilon`` is negative, or a block has no usable branch end.
+        a warning), when another method holds a block, or when ``optimizer`` lacks the side head.
+    InputError: every wrong value at once, or a block has no usable branch end.
 
-    >>> method = resect.EpsilonGate(model, blocks, epsilon=2.5, optimizer=optimizer)
+    >>> method = resect.EpsilonGate(model, blocks, epsilon=2.5, side=0.1)
+    >>> optimizer = torch.optim.SGD([*model.parameters(), *method.parameters()], lr=0.1, weight_decay=2e-4)
     >>> with method:
     ...     for x, y in loader:
     ...         method.begin_step()
-    ...         loss_fn(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
-    >>> plan = method.finalize(steps=200)
+    ...         loss = loss_fn(model(x), y) + method.extra_loss(y)
+    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
+    >>> plan = method.finalize(steps=238, data=test_loader)
     """
 
     def __init__(
@@ -84,121 +82,129 @@ class EpsilonGate(Method):
         model: nn.Module,
         blocks: Which,
         *,
-        epsilon: float = 2.5,
+        epsilon: float | Schedule = 2.5,
+        units: Units = "absolute",
+        side: float = 0.0,
+        side_at: str | None = None,
         skip_muted_after: int | None = None,
+        recheck_every: int = 0,
         settle_after: int | None = None,
+        seed: int = 0,
         optimizer: Optimizer | None = None,
         muted_at_start: Literal["raise", "allow"] = "raise",
     ) -> None:
-        check_number("epsilon", epsilon, 0)
-        for name, value in (("skip_muted_after", skip_muted_after), ("settle_after", settle_after)):
-            if value is not None:
-                check_number(name, value, 1)
-        if settle_after is not None and skip_muted_after is None:
-            raise InputError("settle_after needs skip_muted_after: it says which blocks stay closed.")
-        if muted_at_start not in ("raise", "allow"):
-            raise unknown("muted_at_start", muted_at_start, ("raise", "allow"))
         super().__init__(model, blocks, optimizer)
-        unusable = [block for block in self.blocks if not block.scalable]
-        if unusable:
-            raise InputError(
-                f"{self.name} cannot act on {unusable[0].name!r} ({unusable[0].reason}). Leave out such blocks: "
-                "blocks.select(b for b in blocks if b.scalable)."
-            )
-        self.epsilon = float(epsilon)
-        self.skip_muted_after = skip_muted_after
-        self.settle_after = settle_after
+        problems = [
+            *number_problems("epsilon", epsilon, 0, float("inf")),
+            *number_problems("side", side, 0, float("inf")),
+            *choice_problems(units=(units, Units), muted_at_start=(muted_at_start, Literal["raise", "allow"])),
+            *count_problems(recheck_every=(recheck_every, 0), seed=(seed, 0)),
+        ]
+        for name, value in (("skip_muted_after", skip_muted_after), ("settle_after", settle_after)):
+            problems += [] if value is None else count_problems(**{name: (value, 1)})
+        if skip_muted_after is None and (settle_after is not None or recheck_every):
+            problems.append("settle_after and recheck_every need skip_muted_after: it says which blocks are closed")
+        check_all(problems, self.name)
+        check_ends(self.blocks, self.name)
+        self.schedule, self.units = as_schedule(epsilon), units
+        self.skip_muted_after, self.recheck_every, self.settle_after = skip_muted_after, recheck_every, settle_after
         self.muted_at_start = muted_at_start
-        count, device = len(self.blocks), device_of(model)
-        # One row per block, on the model's device, so that a step never waits for a copy to the host.
-        self._counted_steps = 0
-        self._muted_now = torch.zeros(count, dtype=torch.bool, device=device)
-        self._seen = torch.zeros(count, dtype=torch.bool, device=device)
-        self._run = torch.zeros(count, dtype=torch.long, device=device)
-        self._largest = torch.zeros(count, device=device)
+        self.side = float(side)
+        self._side = SideSupervision(model, self.blocks, side_at, seed) if side else None
+        self.count = MutedCount(len(self.blocks), device_of(model))
+        self._tested: Tensor | None = None  # largest responses on test data, while finalize() looks
+
+    @property
+    def epsilon(self) -> float:
+        """ε in the current step."""
+        return self.schedule(max(0, self.steps - 1))
+
+    @property
+    def muted_average(self) -> float:
+        """The running mean of the number of muted blocks, up to the latest step; what ``AdaptiveLR`` watches."""
+        return float(self.count.now(self._closed())[2])
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
-        if self.epsilon and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
-            self._check_start(gates, self.blocks.example)
-        for place, gate in enumerate(gates):
-            gate.apply(_Act(self, place))
+        start = self.schedule(0)
+        if start and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
+            found = look_on_example(self.model, self.blocks, self.blocks.example, relative=self.units == "stream")
+            check_start(found, start)
+        if self._side is not None:
+            self._side.attach(undo)
+        self._acts = [Muting(self.note, self.epsilon, place) for place in range(len(gates))]
+        for gate, act in zip(gates, self._acts, strict=True):
+            self._set(gate, act)
         self._skip(gates)
+
+    def _set(self, gate: Gate, act: Muting) -> None:
+        if self.units == "stream":
+            gate.join_by(act.join)
+        else:
+            gate.apply(act)
+
+    def _closed(self) -> Tensor:
+        """Return which blocks are kept closed because they were muted, bool (blocks,)."""
+        if self.skip_muted_after is None:
+            return torch.zeros_like(self.count.run, dtype=torch.bool)
+        return self.count.run >= self.skip_muted_after
 
     def _skip(self, gates: Gates) -> None:
         """Close the blocks that were muted for long enough; once settled, take the gate off the others."""
         if self.skip_muted_after is None:
             return
         settled = self.settle_after is not None and self.steps >= self.settle_after
-        for gate, run in zip(gates, self._run.tolist(), strict=True):
-            if run >= self.skip_muted_after:
+        recheck = not settled and self.recheck_every and self.steps and self.steps % self.recheck_every == 0
+        for gate, act, closed in zip(gates, self._acts, self._closed().tolist(), strict=True):
+            if closed and not recheck:
                 if not gate.is_closed:
                     gate.close()
-            elif settled and gate.state != "open":
-                gate.open()
-
-    def _check_start(self, gates: Gates, example: Example) -> None:
-        """Raise if a branch is so far below ε that no batch will open it; warn if one is just below."""
-        responses = measure_responses(self.model, gates, example)
-        muted = {name: value for name, value in responses.items() if value <= self.epsilon}
-        lost = {name: value for name, value in muted.items() if value <= self.epsilon / 2}
-        if lost:
-            name, value = min(lost.items(), key=lambda item: item[1])
-            cause = (
-                "It is zero-initialised: build the model without that (timm: zero_init_last=False), or train it "
-                "without the gate first."
-                if value < 1e-5
-                else f"Use epsilon below {value:.3g}, or find the blocks with a real training batch as the example."
-            )
-            raise AttachError(
-                f"{len(lost)} of {len(responses)} branches would start muted at epsilon = {self.epsilon:g} and, "
-                f"without gradient, never learn: {name!r} has max|f| = {value:.3g}. {cause} "
-                "For a net that is trained already, pass muted_at_start='allow'."
-            )
-        if muted:
-            warnings.warn(
-                f"{len(muted)} of {len(responses)} branches start just below epsilon = {self.epsilon:g} on the example "
-                f"(max|f| from {min(muted.values()):.3g}); whether a batch opens them is a matter of chance.",
-                stacklevel=5,
-            )
+            elif settled:
+                if gate.state != "open":
+                    gate.open()
+            elif gate.is_closed:
+                self._set(gate, act)
 
     def _on_step(self) -> None:
-        self._run, self._counted_steps = self._run_now(), self.steps
-        self._seen.zero_()
-        if self._gates is not None:
-            self._skip(self._gates)
+        self._check_optimised()
+        self.count.begin(self._closed())
+        epsilon = self.schedule(self.steps)
+        check_number("epsilon", epsilon, 0)
+        for act in self._acts:
+            act.epsilon = epsilon
+        assert self._gates is not None
+        self._skip(self._gates)
 
-    def _run_now(self) -> Tensor:
-        """Return the steps running in which each block was muted, the step under way included.
+    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        average_over_ranks(self.parameters())
 
-        A block was muted in a step if it was in all of its micro-batches; a closed one saw none and counts.
-        """
-        run = torch.where(self._seen, torch.where(self._muted_now, self._run + 1, 0), self._run)
-        if self.skip_muted_after is not None and self._counted_steps < self.steps:
-            run = torch.where(~self._seen & (self._run >= self.skip_muted_after), self._run + 1, run)
-        return run
+    def extra_loss(self, target: Any = None) -> Tensor | float:
+        """Return the side supervision's loss times its weight; ``target``: the labels (N,) of the batch."""
+        return self.side * self._side.loss(target) if self._side is not None else 0.0
 
-    def note(self, place: int, muted: Tensor, largest: Tensor) -> None:
-        """Take down what the gate of one block decided on one training batch."""
-        self._muted_now[place] = muted & (self._muted_now[place] | ~self._seen[place])
-        self._largest[place] = torch.where(self._seen[place], torch.maximum(self._largest[place], largest), largest)
-        self._seen[place] = True
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of the side head."""
+        return self._side.head.parameters() if self._side is not None else iter(())
 
     def muted_steps(self) -> dict[str, int]:
         """Return per block for how many training steps, up to the last one, it has been muted without a break."""
-        return dict(zip(self.blocks.names, self._run_now().tolist(), strict=True))
+        return dict(zip(self.blocks.names, self.count.now(self._closed())[0].tolist(), strict=True))
 
     def responses(self) -> dict[str, float]:
-        """Return per block the largest |f| in the latest training step."""
-        return dict(zip(self.blocks.names, self._largest.tolist(), strict=True))
+        """Return per block the largest |f| (in ``units``) in the latest training step that computed it."""
+        return dict(zip(self.blocks.names, self.count.largest.tolist(), strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """Return ``muted``: how many blocks were muted in the latest step."""
-        return {"muted": float(sum(run > 0 for run in self.muted_steps().values()))}
+        """Return how many blocks were ``muted`` in the latest step, and their running mean, ``muted_average``."""
+        muted = float(sum(run > 0 for run in self.muted_steps().values()))
+        return {"muted": muted, "muted_average": self.muted_average}
 
-    def finalize(self, steps: int) -> Plan:
+    def finalize(self, steps: int, data: Iterable[Any] | None = None, forward: Forward | None = None) -> Plan:
         """Return the plan to remove every block that was muted in each of the last ``steps`` training steps.
 
-        The published rule (compressModel.py): a block goes only if it was never open in that time.
+        The published rule (compressModel.py): a block goes only if it was never open in that time; the
+        authors' log shows at least 238 steps. The plan's evidence has, per block, the steps muted, the largest
+        response in the latest step and over the muted steps, and with ``data`` (batches, as for
+        ``lesion_study``) the largest response on that, in eval mode, nothing closed.
         """
         check_number("steps", steps, 1)
         if steps > self.steps:
@@ -208,72 +214,57 @@ class EpsilonGate(Method):
                 else " Call method.begin_step() once per optimizer step: that is how steps are counted."
             )
             raise InputError(f"finalize(steps={steps}) asks for more steps than were trained ({self.steps}).{hint}")
-        runs = self.muted_steps()
-        gone = [block for block in self.blocks if runs[block.name] >= steps]
+        runs, in_run, _ = self.count.now(self._closed())
+        gone = [block for block, run in zip(self.blocks, runs.tolist(), strict=True) if run >= steps]
         evidence: dict[str, Any] = {
             "epsilon": self.epsilon,
+            "units": self.units,
             "steps_required": steps,
-            "muted_steps": runs,
+            "muted_steps": self.muted_steps(),
             "largest_response": self.responses(),
+            "largest_while_muted": dict(zip(self.blocks.names, in_run.tolist(), strict=True)),
         }
+        if data is not None:
+            evidence["largest_in_data"] = self._test(data, forward)
         return Plan(tuple(gone), by="muted", evidence=evidence, model=type(self.model).__name__)
 
+    def _test(self, data: Iterable[Any], forward: Forward | None) -> dict[str, float]:
+        """Return the largest response of every block on data, in eval mode and gated, none closed."""
+        with ExitStack() as undo:
+            if not self.attached:
+                undo.enter_context(self)
+            assert self._gates is not None
+            undo.enter_context(kept_modes(self.model))
+            undo.callback(self._skip, self._gates)
+            self._tested = torch.zeros_like(self.count.largest)
+            undo.callback(setattr, self, "_tested", None)
+            for gate, act in zip(self._gates, self._acts, strict=True):
+                act.epsilon = self.epsilon
+                self._set(gate, act)
+            self.model.eval()
+            run = forward or forward_batch
+            with torch.no_grad():
+                for batch in data:
+                    run(self.model, batch)
+            return dict(zip(self.blocks.names, self._tested.tolist(), strict=True))
+
+    def note(self, place: int, muted: Tensor, response: Tensor) -> None:
+        """Take down what the gate of one block decided on one batch."""
+        if self.model.training:
+            self.count.note(place, muted, response)
+        elif self._tested is not None:
+            self._tested[place] = torch.maximum(self._tested[place], response.to(self._tested.dtype))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters of the muted blocks."""
-        return super().state_dict() | {"run": self._run_now(), "largest": self._largest.clone()}
+        """Return the counters of the muted blocks, and the side head."""
+        state = super().state_dict() | self.count.state_dict(self._closed())
+        return state | ({"side": self._side.head.state_dict()} if self._side is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from ``state``; raises ``InputError`` if it is of another number of blocks."""
-        if len(state["run"]) != len(self.blocks):
-            raise InputError(f"This state is of {len(state['run'])} blocks, the method has {len(self.blocks)}.")
+        self.count.load_state_dict(state)
         super().load_state_dict(state)
-        self._counted_steps = self.steps
-        self._seen.zero_()
-        self._run.copy_(state["run"])
-        self._largest.copy_(state["largest"])
+        if self._side is not None:
+            self._side.head.load_state_dict(state["side"])
         if self._gates is not None:
             self._skip(self._gates)
-
-
-def measure_responses(model: nn.Module, gates: Gates, example: Example) -> dict[str, float]:
-    """Return max|f| of every branch on an example, in train mode, as the first training step will see it.
-
-    Buffers, modes and random numbers are as before afterwards. An example too small for batch statistics
-    is run in eval mode.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    largest = watch(gates)
-    try:
-        with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
-            try:
-                example.run(model.train())
-            except ValueError:  # batch norm: more than one value per channel, please
-                example.run(model.eval())
-    finally:
-        for gate in gates:
-            gate.open()
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    return largest
-
-
-class _Act:
-    """The gate function of one block: a class, so that a model with it can be copied and pickled."""
-
-    def __init__(self, method: EpsilonGate, place: int) -> None:
-        self.method: EpsilonGate | None = method
-        self.place = place
-        self.epsilon = method.epsilon
-
-    def __call__(self, branch: Tensor) -> Tensor:
-        if not self.epsilon:
-            return branch
-        largest = largest_response(branch)
-        muted = largest <= self.epsilon
-        if self.method is not None and self.method.model.training and not is_recomputing():
-            self.method.note(self.place, muted, largest)
-        return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model keeps its gates, but reports to no method: that stays with the original.
-        return {"method": None, "place": self.place, "epsilon": self.epsilon}

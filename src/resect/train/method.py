@@ -41,6 +41,7 @@ class Method:
         self.steps = 0
         self._begun = False
         self._stepped: set[int] = set()
+        self._optimised: set[int] = set()
         self._gates: Gates | None = None
         self._undo = ExitStack()
 
@@ -143,6 +144,8 @@ class Method:
     def _watch_optimizers(self, undo: ExitStack) -> None:
         """Be told of optimizer steps: of the given optimizer, or of every one that holds weights of the model."""
         if self.optimizer is not None:
+            self._optimised = _held(self.optimizer)
+            self._check_optimised()
             undo.callback(self.optimizer.register_step_pre_hook(self._pre_hook).remove)
             undo.callback(self.optimizer.register_step_post_hook(self._post_hook).remove)
             return
@@ -152,8 +155,17 @@ class Method:
     def _concerns(self, optimizer: Optimizer) -> bool:
         if self.optimizer is not None:
             return True
-        mine = {id(parameter) for parameter in self.model.parameters()}
-        return any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+        mine = {id(parameter) for source in (self.model, self) for parameter in source.parameters()}
+        return not mine.isdisjoint(_held(optimizer))
+
+    def _check_optimised(self) -> None:
+        """Raise ``AttachError`` if no optimizer that has stepped, or was given, holds the method's own parameters."""
+        missing = [parameter for parameter in self.parameters() if id(parameter) not in self._optimised]
+        if missing and self._optimised:
+            raise AttachError(
+                f"{self.name} brings parameters of its own ({sum(p.numel() for p in missing):,} weights), and no "
+                "optimizer has them. Make the optimizer of [*model.parameters(), *method.parameters()]."
+            )
 
     def _pre_hook(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._concerns(optimizer):
@@ -165,11 +177,16 @@ class Method:
                 "Call method.begin_step() once per optimizer step, before the forward pass."
             )
         self._stepped.add(id(optimizer))
+        self._optimised |= _held(optimizer)
         self._before_optimizer_step(optimizer)
 
     def _post_hook(self, optimizer: Optimizer, *_: Any) -> None:
         if self._concerns(optimizer):
             self._after_optimizer_step(optimizer)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def is_recomputing() -> bool:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, get_args
 
-from resect.errors import unknown
+from resect.blocks.block import Blocks
+from resect.errors import InputError, unknown
 
 
 def number_problems(name: str, value: float | Callable[[int], float], low: float = 0, high: float = 1) -> list[str]:
@@ -35,3 +36,13 @@ def count_problems(**counts: tuple[Any, int]) -> list[str]:
         for name, (value, low) in counts.items()
         if isinstance(value, bool) or not isinstance(value, int) or value < low
     ]
+
+
+def check_ends(blocks: Blocks, name: str) -> None:
+    """Raise ``InputError`` if a block has no branch end for method ``name`` to act on."""
+    unusable = [block for block in blocks if not block.scalable]
+    if unusable:
+        raise InputError(
+            f"{name} cannot act on {unusable[0].name!r} ({unusable[0].reason}); {len(unusable)} of {len(blocks)} "
+            "blocks are so. Leave them out: blocks.select(b for b in blocks if b.scalable)."
+        )

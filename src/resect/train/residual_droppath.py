@@ -19,11 +19,11 @@ from resect.errors import AttachError
 from resect.train.consistency import Consistency
 from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
-from resect.train.freeze import Freeze, Norms, Parts, Stillness
+from resect.train.freeze import Freeze, Norms, Stillness
 from resect.train.masks import Per, SampleMasks, check_batch_first
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind
-from resect.train.problems import choice_problems, count_problems, number_problems
+from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
 from resect.train.sample_freeze import SampleFreeze
 from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
 
@@ -141,7 +141,7 @@ class ResidualDroppath(Dropping):
             problems.append('consistency compares two outputs for one batch: it needs data="same" and per="batch"')
         self._check(problems)
         if per == "sample" or backward == "shortcuts":
-            self._need_ends('per="sample"' if per == "sample" else 'backward="shortcuts"')
+            check_ends(self.blocks, f"{self.name}(per={per!r}, backward={backward!r})")
         self.drop_prob, self.rule, self.per = as_schedule(drop_prob), rule, per
         self.forward, self.mask, self.data, self.update, self.rest = forward, mask, data, update, rest
         self.backward, self.norms, self.stillness, self.lr_scale = backward, norms, stillness, float(lr_scale)
@@ -190,7 +190,6 @@ class ResidualDroppath(Dropping):
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         super()._arm(gates, undo)
-        self._parts = Parts(self.model, self.blocks)
         undo.callback(self._release)
         if self.consistency:
             self._compare.attach(undo)

@@ -14,7 +14,7 @@ from resect.blocks.gate import Gates, Which
 from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
 from resect.train.masks import Per, SampleMasks, check_batch_first
-from resect.train.problems import choice_problems, number_problems
+from resect.train.problems import check_ends, choice_problems, number_problems
 from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
 
 
@@ -75,7 +75,7 @@ class StochasticDepth(Dropping):
             ]
         )
         if per == "sample":
-            self._need_ends('per="sample"')
+            check_ends(self.blocks, f'{self.name}(per="sample")')
 
     def _probs(self, step: int) -> list[float]:
         return drop_probs(probability("drop_prob", self.drop_prob, step), self.rule, len(self.blocks))
@@ -85,13 +85,7 @@ class StochasticDepth(Dropping):
         if self.per == "sample":
             check_batch_first(self.model, self.blocks, self.name)
 
-    def _on_step(self) -> None:
-        assert self._gates is not None
-        self._set_gates(self._gates, self.steps)
-        self._scale_eval()
-
     def _set_gates(self, gates: Gates, step: int) -> None:
-        """Let every gate do what the draws of ``step`` say."""
         if self.per == "batch":
             self._close(gates, draw_closed(self._probs(step), self.seed, step), step)
         else:

@@ -1,0 +1,94 @@
+"""The ε-gate itself, and the check that training can start with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resect.blocks.response import largest_response, relative_response
+from resect.errors import AttachError
+from resect.train.method import is_recomputing
+
+Note = Callable[[int, Tensor, Tensor], None]
+
+
+def epsilon_gate(branch: Tensor, epsilon: float) -> Tensor:
+    """Return ``branch``, or zeros if every ``|element| <= epsilon``.
+
+    One decision for the whole tensor (the paper's per-device batch). Open, value and gradient are those
+    without the gate. Muted, the value is 0 and the gradients are zeros, not None: weight decay and
+    momentum go on acting, which makes the branch wither. ``epsilon = 0`` is no gate at all. A NaN counts
+    as open, so that a diverged branch stays visible.
+
+    Equal, in value and gradient, to the paper's ``f·(1 − relu(1 − K·relu(1 − K·s)))`` of four ReLUs with
+    ``s = max(relu(f − ε) + relu(−f − ε))``, except on its ramp of width 1/K (about 1e-6).
+    """
+    if epsilon == 0:
+        return branch
+    return torch.where(is_muted(branch, epsilon), torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+
+
+def is_muted(branch: Tensor, epsilon: float) -> Tensor:
+    """Return whether ``max|branch| <= epsilon``, as a boolean tensor () on the branch's device."""
+    return largest_response(branch) <= epsilon
+
+
+class Muting:
+    """The gate function of one block: a class, so that a model with it can be copied and pickled.
+
+    A copy of the model keeps its gates, but reports to no method: that stays with the original.
+    """
+
+    def __init__(self, note: Note | None, epsilon: float, place: int) -> None:
+        self.note, self.epsilon, self.place = note, epsilon, place
+
+    def __call__(self, branch: Tensor) -> Tensor:
+        """Return the branch end, or zeros, by the size of its largest response."""
+        return self._gate(branch, largest_response(branch)) if self.epsilon else branch
+
+    def join(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """Return shortcut plus branch, or the shortcut, by the largest response in units of the stream."""
+        if not self.epsilon:
+            return shortcut + branch
+        return shortcut + self._gate(branch, relative_response(branch, shortcut))
+
+    def _gate(self, branch: Tensor, response: Tensor) -> Tensor:
+        muted = response <= self.epsilon
+        if self.note is not None and not is_recomputing():
+            self.note(self.place, muted, response)
+        return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"note": None, "place": self.place, "epsilon": self.epsilon}
+
+
+def check_start(responses: Mapping[str, float], epsilon: float) -> None:
+    """Raise if a branch is so far below ε that no batch will open it; warn if one is just below.
+
+    ``responses``: max|f| by block name, in the units of ``epsilon``.
+    """
+    muted = {name: value for name, value in responses.items() if value <= epsilon}
+    lost = {name: value for name, value in muted.items() if value <= epsilon / 2}
+    if lost:
+        name, value = min(lost.items(), key=lambda item: item[1])
+        cause = (
+            "It is zero-initialised: start the gate late (epsilon=resect.schedules.StartAt(value, step)), build the "
+            "model without that (timm: zero_init_last=False), or train it without the gate first."
+            if value < 1e-5
+            else f"Use epsilon below {value:.3g}, or find the blocks with a real training batch as the example."
+        )
+        raise AttachError(
+            f"{len(lost)} of {len(responses)} branches would start muted at epsilon = {epsilon:g} and, "
+            f"without gradient, never learn: {name!r} has max|f| = {value:.3g}. {cause} "
+            "For a net that is trained already, pass muted_at_start='allow'."
+        )
+    if muted:
+        warnings.warn(
+            f"{len(muted)} of {len(responses)} branches start just below epsilon = {epsilon:g} on the example "
+            f"(max|f| from {min(muted.values()):.3g}); whether a batch opens them is a matter of chance.",
+            stacklevel=5,
+        )

@@ -1,0 +1,110 @@
+"""Side supervision: a second classifier half-way up the net, whose loss is added with a small weight.
+
+Yu et al. 2018: BatchNorm, ReLU, global average pooling, a linear layer and cross entropy, weight 0.1, in the middle
+of the second of three stages; it goes when the net is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.example import device_of
+from resect.blocks.modes import kept_modes
+from resect.errors import InputError
+from resect.train.draws import generator
+from resect.train.method import is_recomputing
+
+
+class SideHead(nn.Module):
+    """Norm, ReLU, mean over all places, linear; made to fit a stream of (N, C), (N, T, C) or (N, C, H, W)."""
+
+    def __init__(self, stream: Tensor, classes: int, seed: int) -> None:
+        super().__init__()
+        norms = {2: nn.BatchNorm1d, 3: nn.LayerNorm, 4: nn.BatchNorm2d}
+        if stream.ndim not in norms:
+            raise InputError(
+                f"Side supervision fits streams of shape (N, C), (N, T, C) and (N, C, H, W), not "
+                f"{tuple(stream.shape)}. Name another block: side_at=…"
+            )
+        channels = stream.shape[-1 if stream.ndim == 3 else 1]
+        self.norm, self.fc = norms[stream.ndim](channels), nn.Linear(channels, classes)
+        with torch.no_grad():  # its own draws: the caller's random numbers stay as they are
+            bound = channels**-0.5
+            for parameter in self.fc.parameters():
+                parameter.uniform_(-bound, bound, generator=generator("side", seed, 0))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Stream to logits (N, classes)."""
+        x = F.relu(self.norm(stream.to(self.fc.weight.dtype)))
+        places = {2: (), 3: (1,), 4: (2, 3)}[x.ndim]
+        return self.fc(x.mean(places) if places else x)
+
+
+class SideSupervision:
+    """The head after one block's owner, and the stream it saw last."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks, where: str | None, seed: int) -> None:
+        if blocks.example is None:
+            raise InputError("Side supervision fits its head on an example: use blocks that find_blocks() returned.")
+        # The published place, after block 2.⌊n/2⌋ of n in each of three stages, is the middle one of all 3n.
+        self.block: ResidualBlock = blocks[len(blocks) // 2] if where is None else blocks[where]
+        self.owner = model.get_submodule(self.block.owner)
+        self._stream: Tensor | None = None
+        seen: list[Any] = []
+        hook = self.owner.register_forward_hook(lambda *call: seen.append(_stream(call[-1], self.block)))
+        try:
+            with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+                output = blocks.example.run(model.eval())
+        finally:
+            hook.remove()
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise InputError("Side supervision needs a model that returns logits (N, classes).")
+        with torch.random.fork_rng():
+            self.head = SideHead(seen[-1], output.shape[1], seed).to(device_of(model))
+
+    def attach(self, undo: ExitStack) -> None:
+        """Watch the stream until ``undo``."""
+        undo.callback(self.owner.register_forward_hook(self._hook).remove)
+        undo.callback(self._forget)
+
+    def loss(self, target: Any) -> Tensor:
+        """Return the cross entropy of the head on the latest forward pass in train mode; ``target``: int64 (N,)."""
+        if not isinstance(target, Tensor):
+            raise InputError("Side supervision needs the labels of the batch: write method.extra_loss(y).")
+        if self._stream is None:
+            raise InputError("extra_loss(y) comes after the forward pass in train mode: call model(x) first.")
+        stream, self._stream = self._stream, None
+        return F.cross_entropy(self.head(stream), target.to(stream.device))
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not is_recomputing():
+            self._stream = _stream(output, self.block)
+
+    def _forget(self) -> None:
+        self._stream = None
+
+
+def _stream(output: Any, block: ResidualBlock) -> Tensor:
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError(f"Side supervision finds no tensor in what {block.owner!r} returns. Name another block.")
+    return tensors[0]
+
+
+def average_over_ranks(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over all processes, if there are several: the head is outside what DDP wraps."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()
