@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
+import signal
 
 import pytest
 
@@ -135,3 +137,25 @@ def test_ctrl_c_ends_with_one_word(resect, monkeypatch):
     code, _, err = resect("find", "cifar-resnet-20")
     assert code == 130
     assert err.startswith("Interrupted.")
+
+
+def test_an_interrupted_training_says_how_to_go_on_and_does(resect, monkeypatch):
+    from resect.lab import trainer
+
+    real = trainer.train_step
+
+    def train_step(session, indices):
+        if session.step == 14:
+            signal.raise_signal(signal.SIGTERM)
+        return real(session, indices)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    code, _, err = resect("train", "digits-plain", *TINY, "--out", "my run")
+    assert code == 130, err
+    assert "Stopped after step 15 of 22; the checkpoint is written." in err
+    monkeypatch.setattr(trainer, "train_step", real)
+    (command,) = [line.strip() for line in err.splitlines() if line.strip().startswith("resect train")]
+    code, _, err = resect(*shlex.split(command)[1:])
+    assert code == 0, err
+    assert "epoch   2" in err
+    assert "epoch   1" not in err

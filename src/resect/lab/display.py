@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
 from resect.lab import progress as lab
 
+SPEED_OVER = 120.0  # seconds, or 1000 steps: long enough for slow ones
 LINE_EVERY = 30.0  # seconds between lines about the steps, where there is no terminal to show a bar
 
 
@@ -54,7 +56,7 @@ class Bars:
             note = ", ".join(filter(None, [_speed(task, batch_size), now.open_blocks()]))
             self._progress.update(task.id, note=note)
             if not console.is_terminal:
-                left = f"{task.time_remaining / 60:.0f} min left" if task.time_remaining is not None else ""
+                left = f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining is not None else ""
                 line = ", ".join(filter(None, [f"step {now.step} of {now.steps}", note, left]))
                 console.print(line, soft_wrap=True, highlight=False)
 
@@ -77,5 +79,5 @@ def progress_bar(console: Console) -> Iterator[Bars]:
     """Show progress bars for the length of a ``with`` statement."""
     name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     columns = (name, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=10) as progress:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_OVER) as progress:
         yield Bars(progress)
