@@ -27,14 +27,14 @@ def choose(recipe, model=None, steps=1000):
 
 @pytest.fixture
 def speeds(monkeypatch):
-    """Seconds per pass by way, in place of the clock; the ways timed are noted."""
+    """Seconds per step by way, in place of the clock; the ways timed are noted."""
     times, timed = {}, []
 
-    def one_pass(model, net, way, images, labels):
+    def one_step(net, optimizer, way, images, labels):
         timed.append(way)
         return times.get(way, 1.0)
 
-    monkeypatch.setattr(pace, "_pass", one_pass)
+    monkeypatch.setattr(pace, "_step", one_step)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     return times, timed
 
@@ -84,16 +84,18 @@ def test_compiling_is_weighed_against_the_training(speeds):
 
 def test_the_time_to_compile_counts(monkeypatch):
     passes = iter([100.0, 1.0, 0.5, 0.7])
-    monkeypatch.setattr(pace, "_pass", lambda *_: next(passes))
+    monkeypatch.setattr(pace, "_step", lambda *_: next(passes))
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    assert pace.measure_compiled(net(), Pace(compile=True), IMAGES, LABELS, 1000) == pytest.approx(0.5 + 0.1)
+    assert pace.measure_compiled(net(), tiny().train, Pace(compile=True), IMAGES, LABELS, 1000) == pytest.approx(
+        0.5 + 0.1
+    )
 
 
 def test_measuring_leaves_the_model_and_the_random_numbers_alone():
     model = net().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    times = pace.measure(net(), [Pace(), Pace("bf16", True)], IMAGES, LABELS)
+    times = pace.measure(net(), tiny().train, [Pace(), Pace("bf16", True)], IMAGES, LABELS)
     assert all(0 < seconds < math.inf for seconds in times.values())
     torch.set_rng_state(state)
     chosen, said = choose(tiny(compile=False), model)
@@ -112,7 +114,8 @@ def test_a_way_that_fails_is_out():
                 raise RuntimeError("no such kernel")
             return super().forward(x)
 
-    times = pace.measure(nn.Sequential(nn.Flatten(), NoBf16(64, 10)), [Pace(), Pace("bf16")], IMAGES, LABELS)
+    model = nn.Sequential(nn.Flatten(), NoBf16(64, 10))
+    times = pace.measure(model, tiny().train, [Pace(), Pace("bf16")], IMAGES, LABELS)
     assert times[Pace("bf16")] == math.inf > times[Pace()]
 
 

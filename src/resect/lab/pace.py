@@ -9,25 +9,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from resect.errors import InputError, ResectError
+from resect.lab.config.train import TrainConfig
+from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
 
 Say = Callable[[str], None]
 
 MIN_STEPS = 500  # measuring takes 16 of them
-ROUNDS = 4  # timed passes of each way, the first of which warms up
+ROUNDS = 4  # timed steps of each way, the first of which warms up
 MARGIN = 1.1  # a way must be this much faster than a simpler one
 MIN_SECONDS_TO_COMPILE = 1800  # of training: compiling alone takes 20 to 100 seconds
 
 
 @dataclass(frozen=True)
 class Pace:
-    """One way to run the forward and backward passes of a net."""
+    """One way to run the training steps of a net."""
 
     precision: str = "fp32"
     channels_last: bool = False
@@ -58,10 +62,10 @@ def check(recipe: Recipe) -> None:
 def choose(recipe: Recipe, model: nn.Module, images: Tensor, labels: Tensor, steps: int, say: Say) -> Pace:
     """What the recipe asks for; where it says "auto", the fastest way to train for ``steps`` steps.
 
-    Every way in question takes a few forward and backward passes on ``images`` (N, C, H, W), normalised, and
-    ``labels`` (N,), in turns; its least time counts. They run on a copy: the model and the random numbers stay
-    as they are. A way that fails here is out. Compiling is tried last, never with a method, and only for a
-    training of half an hour or more; the time it takes counts. ``say`` is told what was found.
+    Every way in question takes a few training steps on ``images`` (N, C, H, W), normalised, and ``labels``
+    (N,), in turns; its least time counts. They train a copy: the model and the random numbers stay as they are.
+    A way that fails here is out. Compiling is tried last, never with a method, and only for a training of half
+    an hour or more; the time it takes counts. ``say`` is told what was found.
     """
     config = recipe.train
     precisions = ["fp32", "bf16"] if config.precision == "auto" else [config.precision]
@@ -76,11 +80,11 @@ def choose(recipe: Recipe, model: nn.Module, images: Tensor, labels: Tensor, ste
         return plain
     try:
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            times = measure(copy.deepcopy(model), ways, images, labels)
+            times = measure(copy.deepcopy(model), config, ways, images, labels)
             best = fastest(times)
             if may_compile and steps * times[best] >= MIN_SECONDS_TO_COMPILE:
                 compiled = replace(best, compile=True)
-                times[compiled] = measure_compiled(copy.deepcopy(model), compiled, images, labels, steps)
+                times[compiled] = measure_compiled(copy.deepcopy(model), config, compiled, images, labels, steps)
                 best = fastest(times)
     except (RuntimeError, TypeError) as error:  # a model that cannot be copied
         say(f"{plain}: what is faster cannot be measured here ({_first_line(error)}).")
@@ -89,37 +93,42 @@ def choose(recipe: Recipe, model: nn.Module, images: Tensor, labels: Tensor, ste
     return replace(best, compile=best.compile or config.compile is True)
 
 
-def measure(model: nn.Module, ways: list[Pace], images: Tensor, labels: Tensor) -> dict[Pace, float]:
-    """Seconds of one forward and backward pass, by way; inf for a way that fails. Changes ``model``."""
-    model.train()
+def measure(
+    model: nn.Module, config: TrainConfig, ways: list[Pace], images: Tensor, labels: Tensor
+) -> dict[Pace, float]:
+    """Seconds of one training step, by way; inf for a way that fails. Trains ``model``."""
+    optimizer = make_optimizer(model.train(), config)
     times = dict.fromkeys(ways, math.inf)
     for _ in range(ROUNDS):
         for way in ways:
             way.lay_out(model)
-            times[way] = min(times[way], _pass(model, model, way, images, labels))
+            times[way] = min(times[way], _step(model, optimizer, way, images, labels))
     return times
 
 
-def measure_compiled(model: nn.Module, way: Pace, images: Tensor, labels: Tensor, steps: int) -> float:
+def measure_compiled(
+    model: nn.Module, config: TrainConfig, way: Pace, images: Tensor, labels: Tensor, steps: int
+) -> float:
     """The same for ``model`` compiled, with the time to compile it spread over ``steps`` steps."""
     way.lay_out(model.train())
-    net = torch.compile(model)
-    first = _pass(model, net, way, images, labels)
-    return min(_pass(model, net, way, images, labels) for _ in range(ROUNDS - 1)) + first / steps
+    net, optimizer = torch.compile(model), make_optimizer(model, config)
+    first = _step(net, optimizer, way, images, labels)
+    return min(_step(net, optimizer, way, images, labels) for _ in range(ROUNDS - 1)) + first / steps
 
 
-def _pass(model: nn.Module, net: Callable[[Tensor], Tensor], way: Pace, images: Tensor, labels: Tensor) -> float:
+def _step(net: Any, optimizer: Optimizer, way: Pace, images: Tensor, labels: Tensor) -> float:
     begun = time.perf_counter()
     try:
         with way.autocast(images.device):
             logits = net(images)
         F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
     except RuntimeError:  # no kernel, no compiler, no memory
         return math.inf
     finally:
-        model.zero_grad()
+        optimizer.zero_grad()
     return time.perf_counter() - begun
 
 
