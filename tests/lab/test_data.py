@@ -1,26 +1,9 @@
-import io
-
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 
-from resect.errors import FileError, InputError
+from resect.errors import InputError
 from resect.lab.data import Split, batches, load, mean_std, normalize
-
-
-def png(color=(10, 20, 30), size=(32, 32)):
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def write(folder, split, images, labels, columns=("img", "label")):
-    pyarrow.parquet.write_table(
-        pyarrow.table(dict(zip(columns, (images, labels), strict=True))), folder / f"{split}.parquet"
-    )
 
 
 def test_digits_are_the_scans_times_fifteen_and_the_folds_cover_them_once():
@@ -53,46 +36,18 @@ def test_statistics_are_exact_and_normalise():
     parts = batches(data, data.test, 100)
     assert [len(labels) for _, labels in parts] == [100, 100, 100, 60]
     torch.testing.assert_close(parts[3][0], normalize(data.test.images[300:], *mean_std(data.train)))
+    torch.testing.assert_close(data.sample("test", 5)[0], parts[0][0][:5])
 
 
-def test_cifar10_from_parquet(tmp_path):
-    write(tmp_path, "train", [png(), png((1, 2, 3))], [3, 9])
-    write(tmp_path, "test", [png()], [0])
-    data = load("cifar10", path=str(tmp_path))
-    assert data.shape == (3, 32, 32)
-    assert data.train.images[1, :, 0, 0].tolist() == [1, 2, 3]
-    assert data.train.labels.tolist() == [3, 9]
-    assert data.classes[9] == "truck"
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "columns", "said"),
-    [
-        ([png(size=(28, 28))], [0], ("img", "label"), r"image 0 has shape \(3, 28, 28\), not \(3, 32, 32\)"),
-        ([png(), {"bytes": b"no image", "path": None}], [0, 1], ("img", "label"), "image 1 cannot be decoded"),
-        ([{"bytes": None, "path": "a.png"}], [0], ("img", "label"), "image 0 cannot be decoded"),
-        ([png()], [10], ("img", "label"), r"labels must be 0 … 9; found \[10\]"),
-        ([png()], [0], ("image", "label"), "no columns img and label, but"),
-        ([], [], ("img", "label"), "test.parquet: labels"),
-    ],
-)
-def test_bad_tables_are_one_sentence(tmp_path, images, labels, columns, said):
-    write(tmp_path, "train", [png()], [0])
-    write(tmp_path, "test", images, labels, columns)
-    with pytest.raises(FileError, match=said) as caught:
-        load("cifar10", path=str(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_truncated_files(tmp_path):
-    with pytest.raises(FileError, match="must name their folder"):
-        load("cifar10", path=str(tmp_path / "nowhere"))
-    for split in ("train", "test"):
-        write(tmp_path, split, [png()] * 3, [0] * 3)
-    whole = (tmp_path / "test.parquet").read_bytes()
-    (tmp_path / "test.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FileError, match=r"test\.parquet is not a whole parquet file"):
-        load("cifar10", path=str(tmp_path))
+def test_normalising_is_float_minus_mean_over_std_to_the_bit():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    before = images.clone()
+    mean, std = torch.tensor([125.3, 0.1, 255.0]), torch.tensor([63.0, 0.3, 77.7])
+    expected = (images.float() - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    result = normalize(images, mean, std)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +56,16 @@ def test_missing_and_truncated_files(tmp_path):
         ("digit", {}, "'digits'"),
         ("digits", {"flods": 3}, "'folds'"),
         ("digits", {"fold": 5}, "folds=5, fold=5"),
-        ("digits", {"folds": 2.5}, "folds=2.5"),
+        ("digits", {"folds": 2.5, "fold": -1}, "2 problems\n.*fold: .*, not -1\n.*folds: .*, not 2.5"),
+        ("digits", {"folds": True}, "folds: .*, not True"),
         ("cifar10", {"pth": "."}, "'path'"),
+        ("hub", {}, "'dataset' must be given"),
+        ("folder", {"path": ".", "size": 0, "channels": 2, "tset": "val"}, "3 problems"),
+        ("parquet", {"path": 3}, "path: .*, not 3"),
+        ("parquet", {"path": ".", "test_share": 1.0}, "test_share: .*, not 1.0"),
+        ("imagenet", {"path": ".", "workers": -1}, "workers: .*, not -1"),
+        ("stream", {}, "either data.options.dataset"),
+        ("stream", {"dataset": "a", "path": "b"}, "either data.options.dataset"),
     ],
 )
 def test_unknown_names_and_options(name, options, said):

@@ -23,7 +23,7 @@ STEPS = 10  # two epochs of five
 # Every training method, at work within ten steps. A new one: add its table.
 METHODS = {
     "plain": None,
-    "epsilon-gate": {"epsilon": 3.8, "skip_muted_after": 2, "settle_after": 8},
+    "epsilon-gate": {"epsilon": 3.8, "side": 0.1, "skip_muted_after": 2, "recheck_every": 3, "settle_after": 8},
     "stochastic-depth": {"drop_prob": 0.6, "ramp_steps": 4},
     "residual-droppath": {"drop_prob": 0.6, "drop_steps": 2, "mask": "fresh", "scaling": "paper"},
     "effective-paths": {"keep": 2},
@@ -36,6 +36,8 @@ TRAININGS = {
         "precision": "bf16", "channels_last": True, "schedule": "step", "warmup": 1.3, "nesterov": True
     },
 }  # fmt: skip
+
+ADAPTIVE = {"adaptive": {"schedule": "adaptive"}}
 
 # Three blocks are few for a method, and ε is chosen so that some are muted soon.
 pytestmark = pytest.mark.filterwarnings("ignore:.*start just below", "ignore:.*below 6")
@@ -71,10 +73,15 @@ def with_method(method, **train):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [*product(["plain"], TRAININGS), *zip(list(METHODS)[1:], cycle(TRAININGS), strict=False)]
+    ("method", "kind"),
+    [
+        *product(["plain"], TRAININGS),
+        *zip(list(METHODS)[1:], cycle(TRAININGS), strict=False),
+        ("epsilon-gate", "adaptive"),
+    ],
 )
 def test_interrupted_at_any_step_the_outcome_is_the_same_bit_for_bit(tmp_path, method, kind):
-    wanted = with_method(method, **TRAININGS[kind])
+    wanted = with_method(method, **(TRAININGS | ADAPTIVE)[kind])
     train(wanted, tmp_path / "whole")
     whole = state_of(tmp_path / "whole")
     for step in range(1, STEPS):

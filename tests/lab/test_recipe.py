@@ -80,7 +80,8 @@ def test_nesterov_needs_momentum():
 
 
 def test_differences_name_the_keys():
-    other = recipe.parse({**TINY, "train": {**TINY["train"], "lr": 0.2}, "method": {"name": "epsilon-gate", "epsilon": 1.0}})
+    method = {"name": "epsilon-gate", "epsilon": 1.0}
+    other = recipe.parse({**TINY, "train": {**TINY["train"], "lr": 0.2}, "method": method})
     found = list(recipe.differences(tiny(), other))
     assert found[0] == "train.lr: 0.1, now 0.2"
     assert found[1].startswith("method: None, now {")
@@ -116,3 +117,5 @@ def test_wrong_methods_are_named_with_the_nearest_valid_ones():
     assert "method.drop_prb: Unknown key 'drop_prb'. Did you mean" in message
     assert "method.rule" in message
     assert "method.drop_prob: input should be less than or equal to 1, not 1.5" in message
+    with pytest.raises(InputError, match=r"^Recipe: train.schedule = \"adaptive\" follows muted blocks"):
+        recipe.parse({**TINY, "train": {"schedule": "adaptive"}})

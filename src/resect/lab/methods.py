@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,8 +20,11 @@ class Method(AbstractContextManager[Any], Protocol):
     def begin_step(self) -> None:
         """Once per optimizer step, before the forward pass."""
 
-    def extra_loss(self) -> Tensor | float:
-        """What the method adds to the loss of this step."""
+    def extra_loss(self, target: Any = None) -> Tensor | float:
+        """What the method adds to the loss of this step; ``target``: the labels."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights that the method brings along, for the optimizer."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the history, by name."""
@@ -66,9 +69,13 @@ class NoMethod:
     def begin_step(self) -> None:
         """Nothing to draw."""
 
-    def extra_loss(self) -> float:
+    def extra_loss(self, target: Any = None) -> float:
         """Nothing to add."""
         return 0.0
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """No weights."""
+        return iter(())
 
     def metrics(self) -> dict[str, float]:
         """Nothing to report."""

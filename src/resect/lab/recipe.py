@@ -8,12 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from resect.errors import FileError, InputError, check_all, unknown
 from resect.lab.config.base import Config
 from resect.lab.config.data import DataConfig
-from resect.lab.config.method import METHODS, MethodConfig
+from resect.lab.config.method import METHODS, EpsilonGateConfig, MethodConfig
 from resect.lab.config.model import ModelConfig
 from resect.lab.config.train import TrainConfig
 
@@ -25,6 +25,12 @@ class Recipe(Config):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.train.schedule == "adaptive" and not isinstance(self.method, EpsilonGateConfig):
+            raise ValueError('train.schedule = "adaptive" follows muted blocks: it needs method.name = "epsilon-gate"')
+        return self
 
     def dump(self) -> dict[str, Any]:
         """All values as JSON-able data; `parse` turns it back into an equal recipe."""
@@ -119,7 +125,7 @@ def _problem(error: Any) -> str:
         case "union_tag_not_found":
             return f"{key}.name: missing; one of {', '.join(METHODS)}"
         case "value_error":  # of keys that do not fit together
-            return f"{key}: {error['ctx']['error']}"
+            return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
         case "missing":
             return f"{key}: {error['msg'].lower()}"
     return f"{key}: {error['msg'].lower()}, not {error['input']!r}"

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+import resect
 from resect.lab import checkpoint, pace
 from resect.lab.data import ImageData, mean_std, normalize
 from resect.lab.evaluate import check_fit
@@ -116,10 +117,18 @@ def start(
     chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
     method = make_method(recipe.method, model, optimizer, example) if recipe.method else NoMethod()
+    own = list(method.parameters())
+    if own:
+        optimizer.add_param_group({"params": own, "weight_decay": config.weight_decay})
+    scheduler = None
+    if config.schedule == "adaptive" and isinstance(method, resect.EpsilonGate):
+        scheduler = resect.AdaptiveLR(optimizer, method)
     net, optimizer = accelerator.prepare(model, optimizer)
     if chosen.compile:
         net = torch.compile(net)
-    return Session(recipe, accelerator, chosen, model, net, optimizer, method, sampler, images, labels, stats)
+    return Session(
+        recipe, accelerator, chosen, model, net, optimizer, method, sampler, images, labels, stats, scheduler
+    )
 
 
 def restore(session: Session, saved: dict[str, Any]) -> None:

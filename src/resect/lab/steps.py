@@ -28,7 +28,7 @@ def train_step(session: Session, indices: Tensor) -> Tensor:
         images = augment(session.images[part], shift=config.shift, flip=config.flip, generator=generator)
         with session.autocast():
             logits = session.net(normalize(images, *session.stats))
-        loss = F.cross_entropy(logits.float(), session.labels[part]) + session.method.extra_loss()
+        loss = F.cross_entropy(logits.float(), session.labels[part]) + session.method.extra_loss(session.labels[part])
         loss = loss * (len(part) / len(indices))
         session.accelerator.backward(loss)
         total += loss.detach()

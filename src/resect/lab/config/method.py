@@ -73,12 +73,28 @@ class ResidualDroppathConfig(Drawn):
 
 
 class EpsilonGateConfig(AnyMethod):
-    """`resect.EpsilonGate`."""
+    """`resect.EpsilonGate`; the gate acts from ``start_step`` on."""
 
     name: Literal["epsilon-gate"]
-    epsilon: float = Field(default=3.0, ge=0)
+    epsilon: float = Field(default=2.5, ge=0)
+    start_step: int = Field(default=0, ge=0)
+    units: Literal["absolute", "stream"] = "absolute"
+    side: float = Field(default=0.0, ge=0)
+    side_at: str | None = None
     skip_muted_after: Count | None = None
+    recheck_every: int = Field(default=0, ge=0)
     settle_after: Count | None = None
+
+
+    def options(self) -> dict[str, Any]:
+        """The options for the method's class, the late start as a schedule."""
+        from resect.train.schedules import StartAt
+
+        options = super().options()
+        start = options.pop("start_step")
+        if start:
+            options["epsilon"] = StartAt(self.epsilon, start)
+        return options
 
 
 class EffectivePathsConfig(Dropping):

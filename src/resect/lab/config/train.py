@@ -16,6 +16,7 @@ class TrainConfig(Config):
     """The training. ``shift`` in pixels; ``batch_size`` per optimizer step, over all processes together.
 
     ``warmup``: epochs in which the rate rises in a straight line; parts of an epoch count.
+    ``schedule``: "adaptive" is ε-ResNet's, which starts anew whenever more blocks are muted (`resect.AdaptiveLR`).
     ``milestones``: parts of the training after which the step schedule multiplies the rate by ``factor``.
     ``decay``: what weight decay acts on; "weights" leaves BatchNorm and biases out, as the ε-ResNet paper does.
     ``clip``: largest norm of the gradient of all weights together; longer ones are shortened to it.
@@ -33,7 +34,7 @@ class TrainConfig(Config):
     nesterov: bool = False
     weight_decay: float = Field(default=1e-3, ge=0)
     decay: Literal["weights", "all"] = "weights"
-    schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
+    schedule: Literal["one-cycle", "cosine", "step", "constant", "adaptive"] = "one-cycle"
     warmup: float = Field(default=0.0, ge=0)
     milestones: list[float] = Field(default=[0.5, 0.75])
     factor: float = Field(default=0.1, gt=0, lt=1)
@@ -53,8 +54,8 @@ class TrainConfig(Config):
         problems = []
         if self.nesterov and self.momentum == 0:
             problems.append("nesterov needs momentum above 0")
-        if self.warmup and self.schedule == "one-cycle":
-            problems.append("one-cycle has a warm-up of its own: leave out warmup, or choose another schedule")
+        if self.warmup and self.schedule in ("one-cycle", "adaptive"):
+            problems.append(f"{self.schedule} has a warm-up of its own: leave out warmup, or choose another schedule")
         if self.warmup >= self.epochs:
             problems.append(f"warmup of {self.warmup:g} epochs leaves nothing of {self.epochs}: make it shorter")
         if not all(a < b for a, b in pairwise([0.0, *self.milestones, 1.0])):

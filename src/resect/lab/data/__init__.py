@@ -1,0 +1,23 @@
+"""Images to train on: by name, resident in memory as uint8 tensors, or streamed."""
+
+from resect.lab.data.images import ImageData, Split, batches, in_batches, mean_std, normalize
+from resect.lab.data.named import load, open_data
+from resect.lab.data.source import Resident, Source, open_source
+from resect.lab.data.stream import StreamedData
+from resect.lab.data.streamed import Streamed
+
+__all__ = [
+    "ImageData",
+    "Resident",
+    "Source",
+    "Split",
+    "Streamed",
+    "StreamedData",
+    "batches",
+    "in_batches",
+    "load",
+    "mean_std",
+    "normalize",
+    "open_data",
+    "open_source",
+]
