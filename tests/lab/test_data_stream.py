@@ -19,6 +19,12 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=6, seed=1)
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """`datasets` sleeps 5 seconds wherever it stops reading several parts at once (apache/arrow#45214)."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture
 def shards(tmp_path):
     """43 training images in row groups of 7, 9 test images; the label is the image's number."""

@@ -93,7 +93,7 @@ def load_stream(
     auto_augment: str | None = None,
     erase: Share = 0.0,
     workers: Annotated[int, Field(ge=0)] = 4,
-    buffer: Annotated[int, Field(ge=1)] = 10_000,
+    buffer: Annotated[int, Field(ge=1)] = 1000,
 ) -> StreamedData:
     """A data set too large for memory, read while it is used.
 
@@ -147,7 +147,7 @@ def load_imagenet(
     auto_augment: str | None = None,
     erase: Share = 0.0,
     workers: Annotated[int, Field(ge=0)] = 4,
-    buffer: Annotated[int, Field(ge=1)] = 10_000,
+    buffer: Annotated[int, Field(ge=1)] = 1000,
 ) -> StreamedData:
     """ImageNet-1k: 1,281,167 images to train on and 50,000 to test on, 1,000 classes; the options of `load_stream`.
 
