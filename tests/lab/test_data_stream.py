@@ -1,4 +1,6 @@
+import os
 import random
+import signal
 from pathlib import Path
 
 import datasets
@@ -12,6 +14,11 @@ from resect.errors import FileError, InputError
 from resect.lab.config.train import TrainConfig
 from resect.lab.data import load, open_data, open_source
 from resect.lab.data.streamed import seeded
+from resect.lab.evaluate import evaluate
+from resect.lab.interrupt import Interrupted
+from resect.lab.open import open_model
+from resect.lab.recipe import parse
+from resect.lab.trainer import train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -105,6 +112,33 @@ def test_a_folder_is_shuffled_as_a_whole(tmp_path):
     batches = [sum(y) for y in labels_of(open_source(data, TrainConfig(batch_size=20), CPU))]
     assert sum(batches) == 30
     assert all(3 < count < 17 for count in batches)  # a sorted order has batches of one class
+
+
+def test_a_net_trains_on_a_stream_goes_on_to_the_bit_and_opens_again(tmp_path):
+    path = folder_of(tmp_path / "images", {"train/a": 20, "train/b": 20, "val/a": 3, "val/b": 4})
+    options = {"path": path, "size": 8, "workers": 2}
+    tables = {
+        "model": {"name": "cifar-preresnet-8", "options": {"widths": [4, 4, 8]}},
+        "data": {"name": "imagenet", "options": options},
+        "train": {"epochs": 2, "batch_size": 10, "tensorboard": False},
+    }
+    whole = train(parse(tables), tmp_path / "whole")
+
+    def stop(now):
+        if now.step == 6 and not now.row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(parse(tables), tmp_path / "parts", interruptible=True, progress=stop)
+    parts = train(parse(tables), tmp_path / "parts", resume=True)
+    for one, other in zip(whole.model.state_dict().values(), parts.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [row["test_error"] for row in whole.history] == [row["test_error"] for row in parts.history]
+    opened = open_model(str(tmp_path / "whole"))
+    images, labels = opened.test_images()
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert evaluate(opened.model, images, labels) == whole.history[-1]["test_error"]
+    assert opened.example().shape == (40, 3, 8, 8)
 
 
 def test_transforms_are_those_of_timm(shards):

@@ -74,7 +74,7 @@ def test_a_run_learns_is_repeatable_and_reopens(tmp_path):
     model, again, data = open_run(tmp_path / "a")
     assert again == recipe
     assert not model.training
-    error = evaluate(model, data.test.images, data.test.labels, stats=mean_std(data.train))
+    error = evaluate(model, *data.sample("test"))
     assert error == result.history[-1]["test_error"]
     rows = list(csv.DictReader((tmp_path / "a" / "history.csv").read_text().splitlines()))
     assert [float(row["test_error"]) for row in rows] == [row["test_error"] for row in result.history]
@@ -124,7 +124,7 @@ def test_the_method_is_stepped_heard_and_detached(tmp_path):
 
 def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     class Poison(FakeMethod):
-        def extra_loss(self):
+        def extra_loss(self, target=None):
             return float("nan") if self.steps == 8 else 0.0  # 5 steps an epoch: the third of epoch 2
 
     with pytest.raises(ResectError, match=r"loss nan in epoch 2, step 3 of 5.*checkpoint-000005"):

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from resect.blocks.modes import kept_modes
 from resect.errors import InputError
-from resect.lab.data import normalize
+from resect.lab.data import in_batches
 
 
-def evaluate(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    batch_size: int = 256,
-    *,
-    stats: tuple[Tensor, Tensor] | None = None,
-) -> float:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """`error_on` these images, ``batch_size`` at a time. The ε-gate looks at whole batches: it depends on this."""
+    return error_on(model, in_batches(images, labels, batch_size))
+
+
+def error_on(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 error in percent, 0 … 100.
 
     Args:
         model: gives logits (N, classes); may be on another device than the images.
-        images: (N, C, H, W), normalised float32; or uint8, with ``stats`` = (mean, std) of `data.mean_std`.
-        labels: int64 (N,).
-        batch_size: images per forward pass. The ε-gate looks at whole batches: its result depends on this.
-        stats: taken out of the images batch by batch (default: the images are normalised already).
+        batches: normalised images float32 (N, C, H, W), and labels int64 (N,).
     """
     device = next(model.parameters()).device
-    wrong = 0
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    seen = 0
     with kept_modes(model), torch.no_grad():
         model.eval()
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            x = x.to(device)
-            logits = model(x if stats is None else normalize(x, *stats))
-            wrong += int((logits.argmax(1) != y.to(device)).sum())
-    return 100 * wrong / len(labels)
+        for images, labels in batches:
+            wrong += (model(images.to(device)).argmax(1) != labels.to(device)).sum()
+            seen += len(labels)
+    return 100 * int(wrong) / seen
 
 
 def check_fit(model: nn.Module, example: Tensor, classes: int, name: str) -> None:

@@ -17,8 +17,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError
 from resect.lab import registry, runs
-from resect.lab.data import ImageData, Split, in_batches, mean_std, normalize
-from resect.lab.data import load as load_data
+from resect.lab.data import Data, in_batches, open_data
 from resect.lab.display import Bars
 from resect.lab.recipe import Recipe, parse
 
@@ -30,13 +29,13 @@ class Opened:
     name: str
     model: nn.Module
     recipe: Recipe | None = None
-    data: ImageData | None = None
+    data: Data | None = None
     folder: Path | None = None
 
     def example(self, size: int | None = None) -> Tensor:
         """Return a batch to find blocks with: training images where there are any, else noise (2, C, H, W)."""
         if self.data is not None:
-            return normalize(self.data.train.images[:64], *mean_std(self.data.train))
+            return self.data.sample("train", 64)[0]
         channels, height, width = registry.input_size(self.name, self.model)
         generator = torch.Generator().manual_seed(0)
         return torch.randn(2, channels, size or height, size or width, generator=generator)
@@ -52,8 +51,7 @@ class Opened:
     def _images(self, which: str, limit: int | None) -> tuple[Tensor, Tensor]:
         if self.data is None:
             raise InputError(f"{self.name!r} has no data of its own. Name some, for instance --data digits.")
-        split: Split = getattr(self.data, which)
-        return normalize(split.images[:limit], *mean_std(self.data.train)), split.labels[:limit]
+        return self.data.sample(which, limit)
 
 
 def open_model(name: str, options: Sequence[str] = (), data: str | None = None) -> Opened:
@@ -78,7 +76,7 @@ def open_model(name: str, options: Sequence[str] = (), data: str | None = None) 
             )
         return _open_run(folder)
     values = dict(_read_option(option) for option in options)
-    images = load_data(data) if data else None
+    images = open_data(data) if data else None
     if images is not None:
         values = registry.fit_options(name, images.shape[0], len(images.classes)) | values
     return Opened(name, registry.build(name, **values).eval(), data=images)
@@ -94,7 +92,7 @@ def _open_cut(folder: Path) -> Opened:
         recipe = parse(json.loads((folder / "base.json").read_text(encoding="utf-8")), str(folder / "base.json"))
     except (OSError, ValueError) as error:
         raise FileError(f"Cannot read {str(folder / 'base.json')!r}: {error}") from error
-    data = load_data(recipe.data.name, **recipe.data.options)
+    data = open_data(recipe.data.name, **recipe.data.options)
     model = resect.load(folder, runs.build_model(recipe, data)).eval()
     return Opened(f"cut {recipe.model.name}", model, recipe, data, folder)
 

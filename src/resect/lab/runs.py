@@ -18,8 +18,7 @@ from torch import nn
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, write_bytes
 from resect.lab import checkpoint
-from resect.lab.data import ImageData
-from resect.lab.data import load as load_data
+from resect.lab.data import Data, open_data
 from resect.lab.recipe import Recipe, differences, parse
 from resect.lab.registry import build, fit_options
 from resect.lab.tree import flatten
@@ -27,7 +26,7 @@ from resect.lab.tree import flatten
 FORMAT = "resect-run-1"
 
 
-def build_model(recipe: Recipe, data: ImageData) -> nn.Module:
+def build_model(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's model, with the channels and classes of ``data`` unless the recipe gives them."""
     fitting = fit_options(recipe.model.name, data.shape[0], len(data.classes))
     return build(recipe.model.name, **fitting | recipe.model.options)
@@ -101,7 +100,7 @@ def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[st
     write_bytes(folder / "metrics.json", _json(metrics))
 
 
-def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, ImageData]:
+def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, Data]:
     """The trained model (eval mode, on the CPU), its recipe and its data, from the folder of a finished run.
 
     Raises:
@@ -119,7 +118,7 @@ def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, ImageData]:
     except ResectError as error:
         raise FileError(str(error)) from error
     weights = read_tensors(folder / "model.safetensors", str(metrics.get("model_sha256")))
-    data = load_data(recipe.data.name, **recipe.data.options)
+    data = open_data(recipe.data.name, **recipe.data.options)
     model = build_model(recipe, data)
     try:
         model.load_state_dict(weights)

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
 import resect
 from resect.lab import checkpoint, pace
-from resect.lab.data import ImageData, mean_std, normalize
+from resect.lab.data import Data, Source, open_source
 from resect.lab.evaluate import check_fit
 from resect.lab.methods import MakeMethod, Method, NoMethod
 from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
-from resect.lab.sampler import Sampler
 
 CHECKPOINT_SHARE = 0.05  # of the training time; a checkpoint that would cost more waits
 
@@ -35,10 +34,7 @@ class Session:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     method: Method
-    sampler: Sampler
-    images: Tensor  # the training split, on the device: uint8 (N, C, H, W)
-    labels: Tensor  # int64 (N,)
-    stats: tuple[Tensor, Tensor]  # mean and std per channel, on the device
+    source: Source
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # in place of `learning_rate`: steps every epoch
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -49,12 +45,12 @@ class Session:
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes, as a context."""
-        return self.pace.autocast(self.images.device)
+        return self.pace.autocast(self.accelerator.device)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return self.recipe.train.epochs * len(self.sampler)
+        return self.recipe.train.epochs * len(self.source)
 
     @property
     def affordable(self) -> bool:
@@ -77,14 +73,14 @@ class Session:
         """Whether some process has this wish: all of them must call this at the same step."""
         if self.alone:
             return wish
-        return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.images.device)).item())
+        return bool(self.accelerator.reduce(torch.tensor(float(wish), device=self.accelerator.device)).item())
 
 
 def start(
     recipe: Recipe,
     accelerator: Accelerator,
     model: nn.Module,
-    data: ImageData,
+    data: Data,
     make_method: MakeMethod,
     saved: dict[str, Any] | None,
     say: pace.Say,
@@ -94,25 +90,13 @@ def start(
     The pace is that of ``saved``, for a resume, or chosen now: see `pace.choose`.
     """
     config, device = recipe.train, accelerator.device
-    mean, std = mean_std(data.train)
-    images, labels, stats = (
-        data.train.images.to(device),
-        data.train.labels.to(device),
-        (mean.to(device), std.to(device)),
-    )
-    sampler = Sampler(
-        len(labels),
-        config.batch_size,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-    )
+    source = open_source(data, config, device, accelerator.process_index, accelerator.num_processes)
     model.to(device)
     part = -(-config.batch_size // config.accumulate)
-    example = normalize(images[:part], *stats)  # max|f| grows with the batch
+    example, labels = source.example(part)  # of this size, because max|f| grows with the batch
     check_fit(model, example, len(data.classes), recipe.model.name)
-    steps = config.epochs * len(sampler)
-    chosen = pace.Pace(**saved["pace"]) if saved else pace.choose(recipe, model, example, labels[:part], steps, say)
+    steps = config.epochs * len(source)
+    chosen = pace.Pace(**saved["pace"]) if saved else pace.choose(recipe, model, example, labels, steps, say)
     (chosen,) = broadcast_object_list([chosen])
     chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
@@ -126,9 +110,7 @@ def start(
     net, optimizer = accelerator.prepare(model, optimizer)
     if chosen.compile:
         net = torch.compile(net)
-    return Session(
-        recipe, accelerator, chosen, model, net, optimizer, method, sampler, images, labels, stats, scheduler
-    )
+    return Session(recipe, accelerator, chosen, model, net, optimizer, method, source, scheduler)
 
 
 def restore(session: Session, saved: dict[str, Any]) -> None:
@@ -136,14 +118,14 @@ def restore(session: Session, saved: dict[str, Any]) -> None:
     session.model.load_state_dict(saved["model"])
     session.optimizer.load_state_dict(saved["optimizer"])
     session.method.load_state_dict(saved["method"])
-    session.sampler.load_state_dict(saved["sampler"])
+    session.source.load_state_dict(saved["source"])
     if session.scheduler is not None:
         session.scheduler.load_state_dict(saved["scheduler"])
     session.step, session.history = saved["step"], saved["history"]
     session.losses, session.seconds = saved["losses"], saved["seconds"]
     torch.set_rng_state(saved["rng"])
-    if "cuda_rng" in saved and session.images.is_cuda:
-        torch.cuda.set_rng_state(saved["cuda_rng"], session.images.device)
+    if "cuda_rng" in saved and session.accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda_rng"], session.accelerator.device)
 
 
 def save(session: Session, folder: Path) -> None:
@@ -162,15 +144,15 @@ def save(session: Session, folder: Path) -> None:
         "optimizer": session.optimizer.state_dict(),
         "scheduler": session.scheduler.state_dict() if session.scheduler is not None else None,
         "method": session.method.state_dict(),
-        "sampler": session.sampler.state_dict(),
+        "source": session.source.state_dict(),
         "step": session.step,
         "history": session.history,
         "losses": session.losses,
         "seconds": session.seconds,
         "rng": torch.get_rng_state(),
     }
-    if session.images.is_cuda:
-        state["cuda_rng"] = torch.cuda.get_rng_state(session.images.device)
+    if session.accelerator.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(session.accelerator.device)
     checkpoint.save(folder, session.step, state)
     session.saved_at = time.perf_counter()
     session.writing += session.saved_at - begun

@@ -11,25 +11,20 @@ from torch import Tensor
 
 from resect.errors import ResectError
 from resect.lab import checkpoint
-from resect.lab.augment import augment
-from resect.lab.data import normalize
 from resect.lab.optimize import learning_rate
-from resect.lab.sampler import generator_for
 from resect.lab.session import Session
 
 
-def train_step(session: Session, indices: Tensor) -> Tensor:
-    """One optimizer step on the images at ``indices``; returns the loss () before it."""
+def train_step(session: Session, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """One optimizer step on the images and labels of ``batch``; returns the loss () before it."""
     config, optimizer = session.recipe.train, session.optimizer
-    generator = generator_for(f"augment-{session.accelerator.process_index}", config.seed, session.step)
-    total = torch.zeros((), device=session.images.device)
+    total = torch.zeros((), device=session.accelerator.device)
     session.method.begin_step()
-    for part in indices.to(session.images.device).chunk(config.accumulate):
-        images = augment(session.images[part], shift=config.shift, flip=config.flip, generator=generator)
+    for images, labels in zip(*(part.chunk(config.accumulate) for part in batch), strict=True):
         with session.autocast():
-            logits = session.net(normalize(images, *session.stats))
-        loss = F.cross_entropy(logits.float(), session.labels[part]) + session.method.extra_loss(session.labels[part])
-        loss = loss * (len(part) / len(indices))
+            logits = session.net(images)
+        loss = F.cross_entropy(logits.float(), labels) + session.method.extra_loss(labels)
+        loss = loss * (len(labels) / len(batch[1]))
         session.accelerator.backward(loss)
         total += loss.detach()
     if config.clip is not None:
@@ -59,6 +54,6 @@ def _diverged(session: Session, what: str, epoch: int, index: int, folder: Path)
     last = checkpoint.newest(folder)
     kept = f"The last good checkpoint is {last}" if last else "There is no checkpoint yet"
     return ResectError(
-        f"Training diverged: {what} in epoch {epoch + 1}, step {index + 1} of {len(session.sampler)}. "
+        f"Training diverged: {what} in epoch {epoch + 1}, step {index + 1} of {len(session.source)}. "
         f"{kept}. Lower train.lr (now {session.recipe.train.lr}) and start again."
     )

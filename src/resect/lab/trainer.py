@@ -1,4 +1,4 @@
-"""The reference trainer: one readable loop on accelerate, images resident on the device, exact resume."""
+"""The reference trainer: one readable loop on accelerate, exact resume."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from resect.blocks.modes import kept_modes
 from resect.lab import pace, runs
-from resect.lab.data import ImageData
-from resect.lab.data import load as load_data
-from resect.lab.evaluate import evaluate
+from resect.lab.data import Data, open_data
+from resect.lab.evaluate import error_on
 from resect.lab.interrupt import Interrupted, stop_signals
 from resect.lab.methods import MakeMethod, Method, make_method
 from resect.lab.progress import Progress, Tell
@@ -43,7 +42,7 @@ def train(
     folder: str | Path,
     *,
     model: nn.Module | None = None,
-    data: ImageData | None = None,
+    data: Data | None = None,
     method_factory: MakeMethod = make_method,
     resume: bool = False,
     interruptible: bool = False,
@@ -79,7 +78,7 @@ def train(
     pace.check(recipe)
     with runs.run_folder(folder):
         saved = runs.begin(folder, recipe, resume)
-        data = data or load_data(recipe.data.name, **recipe.data.options)
+        data = data or open_data(recipe.data.name, **recipe.data.options)
         accelerator = Accelerator(log_with=_tracker(recipe, say), project_dir=folder)
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):  # the caller's random numbers are not ours to use up
@@ -91,7 +90,7 @@ def train(
                     if saved:
                         restore(session, saved)
                     try:
-                        run_epochs(session, data, folder, stopped, progress)
+                        run_epochs(session, folder, stopped, progress)
                     finally:
                         accelerator.end_training()
         if accelerator.is_main_process:
@@ -100,14 +99,12 @@ def train(
     return TrainResult(model, session.history, session.method if recipe.method else None, folder)
 
 
-def run_epochs(
-    session: Session, data: ImageData, folder: Path, stopped: Callable[[], bool], progress: Tell | None
-) -> None:
+def run_epochs(session: Session, folder: Path, stopped: Callable[[], bool], progress: Tell | None) -> None:
     """Train and evaluate the epochs that are left, with a checkpoint after each that affords one."""
     while len(session.history) < session.recipe.train.epochs:
         row = train_epoch(session, folder, stopped, progress)
         with session.autocast():
-            row["test_error"] = evaluate(session.model, data.test.images, data.test.labels, stats=session.stats)
+            row["test_error"] = error_on(session.model, session.source.test())
         session.history.append(row)
         session.losses, session.seconds = [], 0.0
         if session.scheduler is not None:
@@ -127,12 +124,12 @@ def train_epoch(session: Session, folder: Path, stopped: Callable[[], bool], pro
 
     Losses stay on the device until they are looked at: every now and then, and before each checkpoint.
     """
-    epoch, batches = session.sampler.epoch, len(session.sampler)
+    epoch, batches = session.source.epoch, len(session.source)
     pending: list[Tensor] = []
     begun = time.perf_counter() - session.seconds
     session.net.train()
-    for indices in session.sampler:
-        pending.append(train_step(session, indices))
+    for batch in session.source:
+        pending.append(train_step(session, batch))
         session.step += 1
         if progress:
             progress(Progress(session.step, session.steps, session.method))

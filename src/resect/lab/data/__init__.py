@@ -2,11 +2,12 @@
 
 from resect.lab.data.images import ImageData, Split, batches, in_batches, mean_std, normalize
 from resect.lab.data.named import load, open_data
-from resect.lab.data.source import Resident, Source, open_source
+from resect.lab.data.source import Data, Resident, Source, open_source
 from resect.lab.data.stream import StreamedData
 from resect.lab.data.streamed import Streamed
 
 __all__ = [
+    "Data",
     "ImageData",
     "Resident",
     "Source",

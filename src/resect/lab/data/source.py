@@ -15,6 +15,8 @@ from resect.lab.data.stream import StreamedData
 from resect.lab.data.streamed import Streamed
 from resect.lab.sampler import Sampler, generator_for
 
+Data = ImageData | StreamedData
+
 
 class Source(Protocol):
     """Batches for one process of a training: (images float32, normalised, augmented; labels), on the device."""
@@ -100,9 +102,7 @@ class Resident:
         self.sampler.load_state_dict(state)
 
 
-def open_source(
-    data: ImageData | StreamedData, config: TrainConfig, device: torch.device, rank: int = 0, ranks: int = 1
-) -> Source:
+def open_source(data: Data, config: TrainConfig, device: torch.device, rank: int = 0, ranks: int = 1) -> Source:
     """The source for ``data`` on process ``rank`` of ``ranks``; batch size, seed and augmentation are ``config``'s.
 
     Raises:
