@@ -12,7 +12,7 @@ from pictures import cell, folder_of, picture, write
 
 from resect.errors import FileError, InputError
 from resect.lab.config.train import TrainConfig
-from resect.lab.data import load, open_data, open_source
+from resect.lab.data import decode, load, open_data, open_source
 from resect.lab.data.streamed import seeded
 from resect.lab.evaluate import evaluate
 from resect.lab.interrupt import Interrupted
@@ -216,6 +216,13 @@ def test_a_stream_that_breaks_off_is_one_sentence(shards):
     with pytest.raises(FileError, match="cannot be read any further") as caught:
         list(open_source(data, CONFIG, CPU))
     assert "\n" not in str(caught.value)
+
+
+def test_a_sample_that_does_not_fit_into_memory_is_refused(shards, monkeypatch):
+    data = stream(shards)
+    monkeypatch.setattr(decode, "MEMORY_SHARE", 0.0)
+    with pytest.raises(InputError, match=r"\(test\) takes 0.0 GiB decoded, .* Use fewer images"):
+        data.sample("test")
 
 
 def test_impossible_streams_are_refused(tmp_path, shards):

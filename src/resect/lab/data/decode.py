@@ -32,7 +32,8 @@ def decode(rows: Any, columns: Columns, *, size: int | None, channels: int, plac
         return found
 
     first = decode_image(chunk(0)[0], f"{place}, image 0", size=size, channels=channels)
-    check_memory(len(rows) * first.numel(), place)
+    instead = 'Give a smaller data.options.size, or stream it from disk: data.name = "stream".'
+    check_memory(len(rows) * first.numel(), place, instead)
     images = torch.empty(len(rows), *first.shape, dtype=torch.uint8)
 
     def decode_chunk(start: int) -> None:
@@ -93,15 +94,14 @@ def decode_image(cell: Any, place: str, *, size: int | None = None, channels: in
     return torch.from_numpy(numpy.array(image)).view(image.height, image.width, channels).permute(2, 0, 1)
 
 
-def check_memory(needed: int, place: str) -> None:
-    """Raise `InputError` if ``needed`` bytes are more than the machine can spare."""
+def check_memory(needed: int, place: str, instead: str) -> None:
+    """Raise `InputError`, which says what to do ``instead``, if ``needed`` bytes are more than the machine can spare."""
     import psutil  # type: ignore[import-untyped]
 
     available = psutil.virtual_memory().available
     if needed > MEMORY_SHARE * available:
         raise InputError(
-            f"{place} takes {needed / 2**30:.1f} GiB decoded, and {available / 2**30:.1f} GiB of memory are free. "
-            'Give a smaller data.options.size, or stream it from disk: data.name = "stream".'
+            f"{place} takes {needed / 2**30:.1f} GiB decoded, and {available / 2**30:.1f} GiB of memory are free. {instead}"
         )
 
 

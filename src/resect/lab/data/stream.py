@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from resect.errors import FileError, InputError
 from resect.lab.data import rows as tables
-from resect.lab.data.decode import open_image
+from resect.lab.data.decode import check_memory, open_image
 from resect.lab.data.images import normalize
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,7 +59,9 @@ class StreamedData:
 
     def sample(self, which: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """The first ``limit`` images of the split "train" or "test", cut as for testing, normalised; their labels."""
-        images, labels = self.decode(list(itertools.islice(getattr(self, which), limit)), self.transform(False))
+        rows = list(itertools.islice(getattr(self, which), limit))
+        check_memory(4 * len(rows) * math.prod(self.shape), f"{self.name} ({which})", "Use fewer images.")
+        images, labels = self.decode(rows, self.transform(False))
         return normalize(images, *self.stats), labels
 
     def decode(self, rows: list[Any], transform: Any) -> tuple[Tensor, Tensor]:
