@@ -95,13 +95,14 @@ def decode_image(cell: Any, place: str, *, size: int | None = None, channels: in
 
 
 def check_memory(needed: int, place: str, instead: str) -> None:
-    """Raise `InputError`, which says what to do ``instead``, if ``needed`` bytes are more than the machine can spare."""
+    """Raise `InputError`, which says what to do ``instead``, if ``needed`` bytes are more than can be spared."""
     import psutil  # type: ignore[import-untyped]
 
     available = psutil.virtual_memory().available
     if needed > MEMORY_SHARE * available:
         raise InputError(
-            f"{place} takes {needed / 2**30:.1f} GiB decoded, and {available / 2**30:.1f} GiB of memory are free. {instead}"
+            f"{place} takes {needed / 2**30:.1f} GiB decoded, and {available / 2**30:.1f} GiB of memory are free. "
+            f"{instead}"
         )
 
 
