@@ -16,6 +16,8 @@ from resect.train.epsilon_gate import EpsilonGate
 from resect.train.adaptive_lr import AdaptiveLR
 from resect.train.effective_paths import EffectivePaths
 from resect.train.random_subset import RandomSubset
+from resect.train.controls import CONTROLS, droppath_control
+from resect.train.recalibrate import recalibrate
 from resect.analyse.lesion import LesionStudy, lesion_study
 from resect.analyse.paths import path_lengths
 from resect.analyse.gradients import PathGradients, path_gradients
@@ -26,6 +28,7 @@ from resect.shrink.files import load, save
 # isort: on
 
 __all__ = [
+    "CONTROLS",
     "AdaptiveLR",
     "Blocks",
     "EffectivePaths",
@@ -41,6 +44,7 @@ __all__ = [
     "ResidualDroppath",
     "StochasticDepth",
     "closed",
+    "droppath_control",
     "find_blocks",
     "gates",
     "lesion_study",
@@ -48,6 +52,7 @@ __all__ = [
     "path_gradients",
     "path_lengths",
     "rank",
+    "recalibrate",
     "remove",
     "save",
     "schedules",

@@ -47,7 +47,16 @@ def test_everything_promised_is_there(report):
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
     assert figures == {path.stem for path in (folder / "figures").glob("*.svg")}
     assert figures == {path.stem for path in (folder / "data").glob("*.csv")}
-    assert {"chain", "speed", "training", "lesion_each", "lesion_random", "path_lengths", "gradients"} <= figures
+    assert {
+        "chain",
+        "speed",
+        "training",
+        "lesion_each",
+        "lesion_random",
+        "path_lengths",
+        "gradients",
+        "removal",
+    } <= figures
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["lesions"]["blocks"] == 9
     assert not [path for path in folder.parent.iterdir() if path != folder]
@@ -77,6 +86,25 @@ def test_it_can_be_drawn_again(report):
         assert {int(row["k"]) for row in csv.DictReader(file)} == {1, 2, 4, 8}
     assert redraw(folder) == page
     assert len(page.read_text()) == len(before)
+
+
+def test_four_methods_are_compared_at_equal_steps(report):
+    folder, _ = report
+    metrics = json.loads((folder / "metrics.json").read_text())
+    with (folder / "data" / "removal.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first = {}
+    for row in rows:
+        first.setdefault(row["net"], int(row["removed"]))
+    assert first == {
+        "plain": 0, "stochastic depth": 0, "ResidualDroppath": 0, "gated (ε)": len(metrics["cut"]["muted"])
+    }  # fmt: skip
+    table = {row["net"]: row["test error (%)"] for row in metrics["table"]}
+    errors = {(row["net"], int(row["removed"])): float(row["error"]) for row in rows}
+    assert errors["plain", 0] == pytest.approx(table["plain"] / 100)
+    assert errors["gated (ε)", first["gated (ε)"]] == pytest.approx(table["cut"] / 100)
+    steps = {json.loads((run / "recipe.json").read_text())["train"]["epochs"] for run in (folder / "runs").iterdir()}
+    assert steps == {6}
 
 
 def test_an_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):

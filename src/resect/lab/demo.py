@@ -25,7 +25,8 @@ from resect.report.html import write_data, write_report
 from resect.report.provenance import provenance
 
 OWN = ("report.*", "metrics.json", "data", "figures", "runs", "cut")
-NETS = ("plain", "gated", "contrast-shortcuts", "contrast-none", "from-scratch")
+METHODS = ("plain", "stochastic-depth", "residual-droppath", "gated")
+NETS = (*METHODS, "contrast-shortcuts", "contrast-none", "from-scratch")
 
 
 def demo(folder: Path, display: Display, *, epochs: int = 25, seed: int = 0) -> Path:
@@ -50,7 +51,10 @@ def demo(folder: Path, display: Display, *, epochs: int = 25, seed: int = 0) -> 
 
 
 def train_nets(work: Path, found: Findings, display: Display, epochs: int, seed: int) -> Nets:
-    """Train the five nets, two at a time; study the plain one while the last of them trains."""
+    """Train the nets, two at a time: four methods at equal steps, two contrasts, the cut shape from scratch.
+
+    The plain net is studied while the last of them train.
+    """
     options = [f"train.epochs={epochs}", f"train.seed={seed}", "train.tensorboard=false"]
     gated = recipes.read("digits-epsilon", options)
     plain = recipes.parse(gated.dump() | {"method": None})
@@ -62,16 +66,19 @@ def train_nets(work: Path, found: Findings, display: Display, epochs: int, seed:
     data = load_data(plain.data.name, **plain.data.options)
     stats = mean_std(data.train)
     folders = {name: work / "runs" / name for name in NETS}
-    display.stage("Train: plain and gated net of 54 blocks, two nets of 9 blocks, the cut shape from scratch")
+    display.stage("Train 54 blocks by four methods at equal steps, two nets of 9 blocks, the cut shape from scratch")
     with pool(2, display.steps) as jobs:
         futures = {
-            "gated": jobs.submit(Job("gated", gated.dump(), folders["gated"])),
-            "plain": jobs.submit(Job("plain", plain.dump(), folders["plain"])),
+            name: jobs.submit(Job(name, trained.dump(), folders[name], removals=True))
+            for name, trained in (("gated", gated), ("plain", plain))
         }
         futures["gated"].result()
         plan_file = folders["gated"] / "plan.json"
         if Plan.load(plan_file).blocks:
             futures["from-scratch"] = jobs.submit(Job("from-scratch", plain.dump(), folders["from-scratch"], plan_file))
+        for name in ("residual-droppath", "stochastic-depth"):
+            method = plain.dump() | {"method": {"name": name}}
+            futures[name] = jobs.submit(Job(name, method, folders[name], removals=True))
         for name, contrast in contrasts.items():
             futures[name] = jobs.submit(Job(name, contrast, folders[name]))
         futures["plain"].result()
@@ -88,9 +95,14 @@ def train_nets(work: Path, found: Findings, display: Display, epochs: int, seed:
     found.figures["training"] = [
         {"net": story.NAMES[name], "epoch": int(row["epoch"]), "train_loss": float(row["train_loss"]),
          "test_error": float(row["test_error"]) / 100, "muted": int(float(row["muted"])) if row.get("muted") else None}
-        for name in ("plain", "gated", "from-scratch") if name in history
+        for name in (*METHODS, "from-scratch") if name in history
         for row in history[name]
     ]  # fmt: skip
+    found.figures["removal"] = [
+        {"net": story.NAMES[name]} | row
+        for name in METHODS
+        for row in json.loads((folders[name] / "removal.json").read_text(encoding="utf-8"))
+    ]
     return nets
 
 

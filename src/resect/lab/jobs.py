@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import signal
 import threading
@@ -18,11 +19,13 @@ from torch import nn
 
 import resect
 from resect.blocks.plan import Plan
+from resect.files import write_text
 from resect.lab import runs
 from resect.lab.data import load as load_data
 from resect.lab.data import mean_std, normalize
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe, parse
+from resect.lab.removal import removal
 from resect.lab.trainer import TrainResult, train
 
 Report = Callable[[str, int, int], None]
@@ -34,12 +37,16 @@ PLAN_EPOCHS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """One training: by ``recipe`` (JSON), into ``folder``; with ``plan``, of the net cut by it from the start."""
+    """One training: by ``recipe`` (JSON), into ``folder``; with ``plan``, of the net cut by it from the start.
+
+    With ``removals`` the trained net is tested without ever more of its blocks: ``removal.json`` in the folder.
+    """
 
     name: str
     recipe: dict[str, Any]
     folder: Path
     plan: Path | None = None
+    removals: bool = False
 
 
 def run(job: Job, progress: Tell | None = None) -> TrainResult:
@@ -51,7 +58,20 @@ def run(job: Job, progress: Tell | None = None) -> TrainResult:
         model = cut_shape(recipe, Plan.load(job.plan))
     result = train(recipe, job.folder, model=model, progress=progress)
     write_plan(result, recipe)
+    if job.removals:
+        write_removals(result, recipe)
     return result
+
+
+def write_removals(result: TrainResult, recipe: Recipe) -> None:
+    """Write the test error without ever more blocks to ``removal.json``; those of a plan go first."""
+    data = load_data(recipe.data.name, **recipe.data.options)
+    stats = mean_std(data.train)
+    blocks = resect.find_blocks(result.model, normalize(data.train.images[:64], *stats))
+    plan = result.folder / "plan.json"
+    gone = Plan.load(plan).names if plan.is_file() else []
+    rows = removal(result.model, blocks, normalize(data.test.images, *stats), data.test.labels, gone=gone)
+    write_text(result.folder / "removal.json", json.dumps(rows))
 
 
 def write_plan(result: TrainResult, recipe: Recipe) -> None:

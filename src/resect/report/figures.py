@@ -16,6 +16,7 @@ from resect.report.chain import chain
 from resect.report.curves import response, training
 from resect.report.lesions import lesion_each, lesion_random
 from resect.report.paths import gradients, path_lengths
+from resect.report.removal import removal
 from resect.report.rows import write_file
 
 FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
@@ -24,6 +25,7 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "training": training,
     "lesion_each": lesion_each,
     "lesion_random": lesion_random,
+    "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,
     "response": response,

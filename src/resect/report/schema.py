@@ -47,6 +47,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "chance": "fraction?",  # error of guessing: 0.9 for ten classes; no line without it
     },
     "lesion_random": {"k": "int", "draw": "int", "error": "fraction"},
+    "removal": {"net": "text", "removed": "int", "draw": "int", "error": "fraction"},
     "path_lengths": {"length": "int", "share": "fraction"},
     "gradients": {
         "length": "int",
@@ -90,6 +91,8 @@ ABOUT: dict[str, str] = {
     "With shortcuts the data have a way around the gap; without them the network is cut in two.",
     "lesion_random": "Each dot is the trained network after deleting that many blocks picked at random. The "
     "error rises little by little, as in a group that loses members one at a time.",
+    "removal": "The same net trained in several ways, then tested with more and more of its blocks taken out and "
+    "nothing retrained. A curve that stays low longer belongs to a net that can do with fewer blocks.",
     "path_lengths": "At every block the data can go through the branch or past it, so a network contains one "
     "path for each combination. This is how many branches those paths pass.",
     "gradients": "What the paths of each length contribute to learning. Blue: the gradients of all paths of "
