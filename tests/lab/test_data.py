@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from resect.errors import InputError
-from resect.lab.data import Split, batches, load, mean_std, normalize
+from resect.lab.data import Split, batches, load, mean_std, normalize, open_data
+from resect.lab.data.named import LOADERS
 
 
 def test_digits_are_the_scans_times_fifteen_and_the_folds_cover_them_once():
@@ -71,3 +75,13 @@ def test_normalising_is_float_minus_mean_over_std_to_the_bit():
 def test_unknown_names_and_options(name, options, said):
     with pytest.raises(InputError, match=said):
         load(name, **options)
+
+
+@pytest.mark.parametrize("text", ["the docstring of open_data", "docs/data.md"])
+def test_every_name_is_documented_and_every_option_in_the_docs(text):
+    page = Path(__file__).parents[2] / "docs" / "data.md"
+    shown = open_data.__doc__ if text.startswith("the") else page.read_text()
+    for name, loader in LOADERS.items():
+        assert re.search(rf"\b{name}\b", shown), name
+        for option in set(loader.__annotations__) - {"return"}:
+            assert f"`{option}`" in page.read_text(), f"{name}: {option}"
