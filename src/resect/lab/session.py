@@ -96,7 +96,9 @@ def start(
     example, labels = source.example(part)  # of this size, because max|f| grows with the batch
     check_fit(model, example, len(data.classes), recipe.model.name)
     steps = config.epochs * len(source)
-    chosen = pace.Pace(**saved["pace"]) if saved else pace.choose(recipe, model, example, labels, steps, say)
+    chosen = pace.Pace(**saved["pace"]) if saved else None
+    if chosen is None and accelerator.is_main_process:  # the others wait, and do as it does
+        chosen = pace.choose(recipe, model, example, labels, steps, say)
     (chosen,) = broadcast_object_list([chosen])
     chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
