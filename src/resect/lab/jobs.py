@@ -50,13 +50,13 @@ class Job:
 
 
 def run(job: Job, progress: Tell | None = None) -> TrainResult:
-    """Train one net; a gated one leaves ``plan.json``, the blocks it has made superfluous, in its folder."""
+    """Train one net, or go on; a gated one leaves ``plan.json``, the blocks it has made superfluous, in its folder."""
     recipe = parse(job.recipe)
     model = None
     if job.plan is not None:
         torch.manual_seed(recipe.train.seed)
         model = cut_shape(recipe, Plan.load(job.plan))
-    result = train(recipe, job.folder, model=model, progress=progress)
+    result = train(recipe, job.folder, model=model, resume=True, progress=progress)
     write_plan(result, recipe)
     if job.removals:
         write_removals(result, recipe)
