@@ -66,10 +66,10 @@ def test_a_file_belongs_to_the_split_that_its_name_or_folder_begins_with(tmp_pat
     data = load("parquet", path=str(tmp_path))
     assert (len(data.train), len(data.test)) == (3, 3)
     (tmp_path / "val").mkdir()
-    write(tmp_path / "val", "0", [cell()], [1])
+    write(tmp_path / "val", "0", [cell()] * 2, [1, 0])
     some = [str(tmp_path / "train-00001-of-00002.parquet"), str(tmp_path / "val" / "0.parquet")]
     data = load("parquet", path=some)
-    assert (len(data.train), len(data.test)) == (2, 1)
+    assert (len(data.train), len(data.test)) == (2, 2)
     with pytest.raises(InputError, match="Unknown split 'tset'"):
         load("parquet", path=some, test="tset")
 

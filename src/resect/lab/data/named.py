@@ -119,10 +119,8 @@ def load_svhn(path: Paths | None = None, extra: bool = False) -> ImageData:
 
     splits = _files_or_hub(path, "ufldl-stanford/svhn", "cropped_digits")
     if extra:
-        more, _ = tables.pick(splits, "extra", None, "svhn")
-        splits = splits | {
-            "train": datasets.concatenate_datasets([tables.pick(splits, "train", None, "svhn")[0], more])
-        }
+        parts = [tables.pick(splits, name, None, "svhn")[0] for name in ("train", "extra")]
+        splits = splits | {"train": datasets.concatenate_datasets(parts)}
     return _tables("svhn", splits, count=10)
 
 
