@@ -113,6 +113,16 @@ def lesion_random() -> list[Row]:
     ]
 
 
+def removal() -> list[Row]:
+    draw = random.Random(5)
+    return [
+        {"net": net, "removed": k, "draw": i, "error": min(0.9, 0.02 + fall * k**2 * draw.uniform(0.5, 1.5))}
+        for net, fall in {"plain": 0.0012, "stochastic depth": 0.0002}.items()
+        for k in (0, 4, 8, 16, 24)
+        for i in range(10 if k else 1)
+    ]
+
+
 def path_lengths(n: int = 54) -> list[Row]:
     return [{"length": k, "share": math.comb(n, k) / 2**n} for k in range(n + 1)]
 
@@ -161,14 +171,40 @@ def table_latency() -> list[Row]:
     ]
 
 
+def unit_maps() -> list[Row]:
+    def tone(net: int, block: int, unit: int, x: int, y: int) -> float:
+        return math.tanh(3 * math.sin(0.1 * (unit + 1) * x + 0.04 * block * y + net))
+
+    return [
+        {"net": name, "block": block, "unit": unit, "line": y,
+         "responses": " ".join(f"{tone(net, block, unit, x, y):.2f}" for x in range(12))}
+        for net, name in enumerate(("plain", "stochastic depth", HOSTILE))
+        for block in (4, 8, 12, 16, 20, 24, 28, 32)
+        for unit in range(1, 9)
+        for y in range(12)
+    ]  # fmt: skip
+
+
+def unit_similarity() -> list[Row]:
+    return [
+        {"net": net, "block": i, "other": j, "similarity": 0.4 + 0.6 * math.exp(-fall * abs(i - j))}
+        for net, fall in {"untrained": 0.01, "plain": 0.1, "stochastic depth": 0.2, "ResidualDroppath": 0.4}.items()
+        for i in range(1, 33)
+        for j in range(1, 33)
+    ]
+
+
 ALL = {
     "chain": chain,
     "speed": speed,
     "training": training,
     "lesion_each": lesion_each,
     "lesion_random": lesion_random,
+    "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,
     "response": response,
     "table_latency": table_latency,
+    "unit_maps": unit_maps,
+    "unit_similarity": unit_similarity,
 }

@@ -18,6 +18,7 @@ from resect.report.lesions import lesion_each, lesion_random
 from resect.report.paths import gradients, path_lengths
 from resect.report.removal import removal
 from resect.report.rows import write_file
+from resect.report.units import unit_maps, unit_similarity
 
 FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "chain": chain,
@@ -30,6 +31,8 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "gradients": gradients,
     "response": response,
     "table_latency": table_latency,
+    "unit_maps": unit_maps,
+    "unit_similarity": unit_similarity,
 }
 
 # The vega-lite version that the installed altair writes for, "v6.4.1" as "6.4".

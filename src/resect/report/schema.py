@@ -71,6 +71,19 @@ COLUMNS: dict[str, dict[str, str]] = {
         "low_ms": "number",
         "high_ms": "number",
     },
+    "unit_maps": {
+        "net": "text",
+        "block": "int",
+        "unit": "int",
+        "line": "int",  # of the map, 0-based from the top
+        "responses": "text",  # along the line from the left, numbers with spaces between them
+    },
+    "unit_similarity": {
+        "net": "text",
+        "block": "int",
+        "other": "int",
+        "similarity": "fraction",  # of the units of `block`, as they are found again in `other`
+    },
 }
 
 NEEDS_ONE = {
@@ -102,6 +115,10 @@ ABOUT: dict[str, str] = {
     "threshold ε is muted: it adds nothing, so it can be cut out without changing the network.",
     "table_latency": "Measured time for one pass. The nets took turns, so that a busy moment of the machine "
     "slows all of them alike.",
+    "unit_maps": "Every input is a point of the plane. Each square is a map of it that shows where one unit of one "
+    "branch responds, and with which sign. Squares that look alike are units that say the same.",
+    "unit_similarity": "Bright: for every unit of one block there is one in the other block that responds alike, or "
+    "just the other way round. Without learning units are alike too, because all blocks read the same two inputs.",
 }
 
 
