@@ -5,7 +5,8 @@ from resect.errors import InputError
 from resect.lab.augment import augment
 from resect.lab.config.train import TrainConfig
 from resect.lab.data import load, mean_std, normalize, open_source
-from resect.lab.sampler import generator_for, permutation
+from resect.lab.sampler import permutation
+from resect.train import draws
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=300, seed=3, shift=1, flip=True)
@@ -29,7 +30,7 @@ def test_a_batch_is_indexed_augmented_and_normalised(digits):
     images, labels = next(batches)
     assert (source.epoch, source.position) == (0, 2)
     indices = permutation(len(digits.train), 3, 0)[300:600]
-    moved = augment(digits.train.images[indices], shift=1, flip=True, generator=generator_for("augment-0", 3, 1))
+    moved = augment(digits.train.images[indices], shift=1, flip=True, generator=draws.generator("augment-0", 3, 1))
     assert torch.equal(images, normalize(moved, *mean_std(digits.train)))
     assert torch.equal(labels, digits.train.labels[indices])
 

@@ -6,7 +6,7 @@ import torch
 
 from resect.lab import recipe
 from resect.lab.models import PreBlock
-from resect.lab.sampler import generator_for
+from resect.train import draws
 
 TINY = {
     "model": {"name": "cifar-preresnet-8", "options": {"widths": [4, 4, 8]}},
@@ -41,7 +41,7 @@ class FakeMethod:
         return output * self.scale if module.training else output
 
     def begin_step(self):
-        self.scale = float(torch.rand((), generator=generator_for("fake", 0, self.steps)))
+        self.scale = float(torch.rand((), generator=draws.generator("fake", 0, self.steps)))
         self.steps += 1
         self.total += self.scale
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from resect.errors import check_all
-
-
-def generator_for(purpose: str, seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone; distinct purposes give unrelated draws."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
-    # CPU generators use the low 32 bits of a seed.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+from resect.train.draws import generator
 
 
 def permutation(size: int, seed: int, epoch: int) -> Tensor:
     """int64 (size,): the order of the images in ``epoch``."""
-    return torch.randperm(size, generator=generator_for("order", seed, epoch))
+    return torch.randperm(size, generator=generator("order", seed, epoch))
 
 
 class Sampler:

@@ -13,7 +13,8 @@ from resect.lab.config.train import TrainConfig
 from resect.lab.data.images import ImageData, in_batches, mean_std, normalize
 from resect.lab.data.stream import StreamedData
 from resect.lab.data.streamed import Streamed
-from resect.lab.sampler import Sampler, generator_for
+from resect.lab.sampler import Sampler
+from resect.train import draws
 
 Data = ImageData | StreamedData
 
@@ -80,7 +81,7 @@ class Resident:
         config, first = self.config, self.epoch * len(self) + self.position
         for step, indices in enumerate(self.sampler, first):
             indices = indices.to(self.device)
-            generator = generator_for(f"augment-{self.rank}", config.seed, step)
+            generator = draws.generator(f"augment-{self.rank}", config.seed, step)
             images = augment(self.images[indices], shift=config.shift, flip=config.flip, generator=generator)
             yield normalize(images, *self.stats), self.labels[indices]
 

@@ -18,7 +18,7 @@ from resect.lab.config.train import TrainConfig
 from resect.lab.data.images import normalize
 from resect.lab.data.rows import said
 from resect.lab.data.stream import StreamedData, is_table
-from resect.lab.sampler import generator_for
+from resect.train import draws
 
 
 class Streamed:
@@ -58,9 +58,9 @@ class Streamed:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches left in this epoch, normalised, on the device; then the next epoch begins."""
-        seed = generator_for("order", self.seed, self.epoch).initial_seed()
-        draws = f"augment-{self.rank}", self.seed, self.epoch
-        batches = _Batches(self._order(seed), self.data, self.batch, draws, self.position, self.steps)
+        seed = draws.generator("order", self.seed, self.epoch).initial_seed()
+        augment = f"augment-{self.rank}", self.seed, self.epoch
+        batches = _Batches(self._order(seed), self.data, self.batch, augment, self.position, self.steps)
         for number, (images, labels) in self._loaded(batches, self.workers):
             self.position += 1
             yield self._erased(images, number), labels
@@ -184,7 +184,7 @@ def _endless(rows: Any) -> Iterator[Any]:
 @contextmanager
 def seeded(purpose: str, seed: int, epoch: int) -> Iterator[None]:
     """Inside, the global random numbers, which timm's transforms use, depend on these three alone."""
-    number = generator_for(purpose, seed, epoch).initial_seed()
+    number = draws.generator(purpose, seed, epoch).initial_seed()
     before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     random.seed(number)
     numpy.random.seed(number)
