@@ -221,8 +221,7 @@ def shrink(
     if opened.data is not None:
         images, labels = opened.test_images()
         a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
-        gated = opened.recipe and opened.recipe.method and not hasattr(opened.model, "resect_plan")
-        how = " with every block open, without its gate" if gated else ""
+        how = " with every block open, without its gate" if opened.gated else ""
         out.print(f"Test error: {a:.2f} %{how} → {b:.2f} %.")
     out.print(f"The cut model is in {to}.")
 
@@ -268,7 +267,7 @@ def _with_blocks(model: str, option: list[str] | None, data: str | None, limit: 
     _need_blocks(opened.name, blocks)
     if opened.recipe is None:
         err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
-    elif opened.recipe.method is not None:
+    elif opened.gated:
         err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
     return opened, blocks, images, labels
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_runs import FakeMethod, Stop, stop_after, tiny
+from tiny_runs import TINY, FakeMethod, Stop, stop_after, tiny
 from torch import nn
 
 from resect.errors import FileError, InputError, ResectError
-from resect.lab import checkpoint, session
+from resect.lab import checkpoint, recipe, session
 from resect.lab.data import load, mean_std, normalize
 from resect.lab.evaluate import evaluate
 from resect.lab.runs import open_run
@@ -213,3 +213,16 @@ def test_evaluate_leaves_every_mode_and_buffer():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert error == pytest.approx(100 * (net.eval()(images).argmax(1) != 0).float().mean().item())
     assert evaluate(net, images, 1 - labels) == pytest.approx(100 - error)
+
+
+@pytest.mark.filterwarnings("ignore:.*below 6")
+def test_a_net_trained_with_test_time_scaling_is_saved_with_it(tmp_path):
+
+    method = {"name": "stochastic-depth", "scaling": "paper", "rule": "uniform"}
+    wanted = recipe.parse({**TINY, "method": method})
+    result = train(wanted, tmp_path / "run")
+    model, _, data = open_run(tmp_path / "run")
+    error = evaluate(model, normalize(data.test.images, *mean_std(data.train)), data.test.labels)
+    assert error == pytest.approx(result.history[-1]["test_error"], abs=0.3)
+    unscaled = checkpoint.load(checkpoint.newest(tmp_path / "run"))["model"]["layer2.0.conv2.weight"]
+    assert torch.allclose(model.layer2[0].conv2.weight, 0.5 * unscaled)

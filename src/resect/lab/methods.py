@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import resect
+from resect.errors import ResectError
 from resect.lab.config.method import MethodConfig
+from resect.train.dropping import Dropping
 
 
 class Method(AbstractContextManager[Any], Protocol):
@@ -53,6 +55,15 @@ def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.O
         blocks = blocks.kind("identity")
     made: Method = CLASSES[config.name](model, blocks, optimizer=optimizer, **config.options())
     return made
+
+
+def make_permanent(method: Method, say: Callable[[str], None]) -> None:
+    """Fold what a detached method does in evaluation into the weights, so that the saved net is the one evaluated."""
+    if isinstance(method, Dropping) and method.scaling == "paper":
+        try:
+            method.finalize()
+        except ResectError as error:
+            say(f"The saved net lacks the test-time scaling: {error}")
 
 
 class NoMethod:

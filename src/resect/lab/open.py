@@ -17,6 +17,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError
 from resect.lab import registry, runs
+from resect.lab.config.method import EpsilonGateConfig
 from resect.lab.data import Data, in_batches, open_data
 from resect.lab.display import Bars
 from resect.lab.recipe import Recipe, parse
@@ -31,6 +32,12 @@ class Opened:
     recipe: Recipe | None = None
     data: Data | None = None
     folder: Path | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether it was trained with an ε-gate, which is not attached here, and has not been cut."""
+        method = self.recipe.method if self.recipe is not None else None
+        return isinstance(method, EpsilonGateConfig) and not hasattr(self.model, "resect_plan")
 
     def example(self, size: int | None = None) -> Tensor:
         """Return a batch to find blocks with: training images where there are any, else noise (2, C, H, W)."""

@@ -18,7 +18,7 @@ from resect.lab import pace, runs
 from resect.lab.data import Data, open_data
 from resect.lab.evaluate import error_on
 from resect.lab.interrupt import Interrupted, stop_signals
-from resect.lab.methods import MakeMethod, Method, make_method
+from resect.lab.methods import MakeMethod, Method, make_method, make_permanent
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe
 from resect.lab.session import Session, restore, save, start
@@ -93,6 +93,7 @@ def train(
                         run_epochs(session, folder, stopped, progress)
                     finally:
                         accelerator.end_training()
+        make_permanent(session.method, say)
         if accelerator.is_main_process:
             more = asdict(session.pace) | {"device": str(accelerator.device), "torch": torch.__version__}
             runs.finish(folder, recipe, model, session.history, **more)

@@ -85,7 +85,6 @@ class EpsilonGateConfig(AnyMethod):
     recheck_every: int = Field(default=0, ge=0)
     settle_after: Count | None = None
 
-
     def options(self) -> dict[str, Any]:
         """The options for the method's class, the late start as a schedule."""
         from resect.train.schedules import StartAt
