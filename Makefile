@@ -26,8 +26,8 @@ test-floor: $(FLOOR)/.core
 	$(FLOOR)/bin/python -m pytest -m core tests/blocks tests/train tests/analyse tests/shrink
 
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff format --check src tests
-	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff format --check src tests examples
+	$(VENV)/bin/ruff check src tests examples
 	$(VENV)/bin/mypy
 
 clean:

@@ -55,6 +55,7 @@ def test_wheel_and_sdist_hold_what_they_must(built):
         inside = archive.getnames()
     assert any(name.endswith("/README.md") for name in inside)
     assert any("/tests/" in name for name in inside)
+    assert any(name.endswith("/examples/feature_reuse.py") for name in inside)
 
 
 def test_the_core_runs_in_a_bare_environment(built, tmp_path):
