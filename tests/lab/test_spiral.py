@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resect.lab import spiral
-from resect.lab.reuse import figure_rows, measure, table_rows
+from resect.lab.reuse import figure_rows, measure, sections, spiral_rows, table_rows
 from resect.lab.units import REACH, grid, similarity, summary, unit_maps
 
 SMALL = spiral.Setting(blocks=6, width=3, steps=12, points=40)
@@ -136,6 +136,13 @@ def test_rows_hold_what_the_nets_respond(nets):
     for row in rows["unit_similarity"]:
         if row["net"] == "plain":
             assert row["similarity"] == pytest.approx(float(matrix[row["block"] - 1, row["other"] - 1]), abs=1e-4)
+
+
+def test_one_call_gives_a_report_all_it_needs(nets):
+    figures, table = spiral_rows(0, SMALL)
+    assert figures["unit_similarity"] == figure_rows(nets)["unit_similarity"]
+    assert [row["net"] for row in table] == list(nets)
+    assert {section.figure for section in sections(table)} == set(figures)
 
 
 def test_the_example_runs_whole(tmp_path, capsys):
