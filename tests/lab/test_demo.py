@@ -11,11 +11,15 @@ import torch
 import resect
 from resect.lab import demo, recipe, runs, speed
 from resect.lab.crossval import differences
+from resect.lab.reuse import spiral_rows
+from resect.lab.spiral import Setting
 from resect.report.html import redraw
 
 SMALL = [
     "model.name=cifar-preresnet-20",
     "model.options={ widths = [4, 4, 8] }",
+]
+GATE = [
     "method.skip_muted_after=4",
     "method.epsilon=4.6",
 ]
@@ -35,7 +39,10 @@ def report(tmp_path_factory):
     read = recipe.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "SPEED_MODELS", ("torchvision:resnet18",))
-        patch.setattr(demo.recipes, "read", lambda name, changes: read(name, [*changes, *SMALL]))
+        changed = {"digits-epsilon": SMALL + GATE}
+        patch.setattr(demo.recipes, "read", lambda name, changes: read(name, [*changes, *changed.get(name, SMALL)]))
+        setting = Setting(blocks=6, width=3, steps=12, points=40)
+        patch.setattr(demo, "spiral_rows", lambda seed: spiral_rows(seed, setting))
         page = demo.demo(folder, Silent(), epochs=6, seed=0)
     return folder, page
 

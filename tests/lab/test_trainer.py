@@ -226,3 +226,24 @@ def test_a_net_trained_with_test_time_scaling_is_saved_with_it(tmp_path):
     assert error == pytest.approx(result.history[-1]["test_error"], abs=0.3)
     unscaled = checkpoint.load(checkpoint.newest(tmp_path / "run"))["model"]["layer2.0.conv2.weight"]
     assert torch.allclose(model.layer2[0].conv2.weight, 0.5 * unscaled)
+
+
+@pytest.mark.filterwarnings("ignore:.*below 6")
+def test_batch_statistics_are_renewed_at_the_end_if_asked(tmp_path):
+    import itertools
+
+    import resect
+
+    method = {"name": "stochastic-depth", "drop_prob": 0.9, "rule": "uniform", "scaling": "none", "recalibrate": 4}
+    result = train(recipe.parse({**TINY, "method": method}), tmp_path / "run")
+    plain = train(recipe.parse({**TINY, "method": method | {"recalibrate": 0}}), tmp_path / "plain")
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), plain.model.parameters(), strict=True))
+    norm, other = result.model.bn_last, plain.model.bn_last
+    assert int(norm.num_batches_tracked) == 4
+    assert not torch.allclose(norm.running_mean, other.running_mean, rtol=0.05)
+    data = load("digits", folds=4)
+    images, labels = normalize(data.test.images, *mean_std(data.train)), data.test.labels
+    assert result.history[-1]["test_error"] == evaluate(result.model, images, labels)
+    train_images = normalize(data.train.images, *mean_std(data.train)).split(256)
+    resect.recalibrate(plain.model, itertools.islice(((x, None) for x in train_images), 4))
+    assert torch.allclose(norm.running_mean, other.running_mean, rtol=0.2, atol=0.2)

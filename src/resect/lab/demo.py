@@ -18,6 +18,7 @@ from resect.lab.data import load as load_data
 from resect.lab.findings import Display, Findings, Nets
 from resect.lab.jobs import Job, pool
 from resect.lab.recipe import Recipe
+from resect.lab.reuse import spiral_rows
 from resect.lab.speed import measure_speed
 from resect.lab.study import study_contrasts, study_plain
 from resect.lab.weigh import cut_and_prove
@@ -72,12 +73,14 @@ def train_nets(work: Path, found: Findings, display: Display, epochs: int, seed:
             name: jobs.submit(Job(name, trained.dump(), folders[name], removals=True))
             for name, trained in (("gated", gated), ("plain", plain))
         }
+        figures, found.tables["spiral"] = spiral_rows(seed)
+        found.figures |= figures
         futures["gated"].result()
         plan_file = folders["gated"] / "plan.json"
         if Plan.load(plan_file).blocks:
             futures["from-scratch"] = jobs.submit(Job("from-scratch", plain.dump(), folders["from-scratch"], plan_file))
         for name in ("residual-droppath", "stochastic-depth"):
-            method = plain.dump() | {"method": {"name": name}}
+            method = recipes.read(f"digits-{name}", options).dump()
             futures[name] = jobs.submit(Job(name, method, folders[name], removals=True))
         for name, contrast in contrasts.items():
             futures[name] = jobs.submit(Job(name, contrast, folders[name]))

@@ -30,8 +30,8 @@ from resect.report.rows import write_rows
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "stochastic depth": {"name": "stochastic-depth", "blocks": "identity"},
-    "ResidualDroppath": {"name": "residual-droppath", "blocks": "identity"},
+    "stochastic depth": {"name": "stochastic-depth", "blocks": "identity", "recalibrate": 100},
+    "ResidualDroppath": {"name": "residual-droppath", "blocks": "identity", "recalibrate": 100},
     "ε-ResNet": {"name": "epsilon-gate", "epsilon": 2.5, "side": 0.1},
 }
 

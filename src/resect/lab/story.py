@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resect.analyse.gradients import PathGradients
+from resect.lab import reuse
 from resect.lab.findings import Findings
 from resect.report.html import Section
 from resect.report.paths import middle
@@ -43,6 +44,7 @@ def tell(found: Findings) -> tuple[str, str, list[Section], list[tuple[str, str]
         *_speed(found),
         *_training(found),
         _methods(found),
+        *reuse.sections(found.tables["spiral"]),
         *_veit(found),
         *_cut(found),
         _honest(found, plain, cut, scratch),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import resect
 from resect.blocks.modes import kept_modes
 from resect.lab import pace, runs
 from resect.lab.data import Data, open_data
@@ -93,11 +95,21 @@ def train(
                         run_epochs(session, folder, stopped, progress)
                     finally:
                         accelerator.end_training()
-        make_permanent(session.method, say)
+        make_whole(session, say)
         if accelerator.is_main_process:
             more = asdict(session.pace) | {"device": str(accelerator.device), "torch": torch.__version__}
             runs.finish(folder, recipe, model, session.history, **more)
     return TrainResult(model, session.history, session.method if recipe.method else None, folder)
+
+
+def make_whole(session: Session, say: pace.Say) -> None:
+    """Make the net as it is saved the one that is tested: fold test-time factors in, renew batch statistics."""
+    make_permanent(session.method, say)
+    batches = getattr(session.recipe.method, "recalibrate", 0)
+    if batches:
+        with session.autocast():
+            resect.recalibrate(session.model, itertools.islice(session.source, batches))
+            session.history[-1]["test_error"] = error_on(session.model, session.source.test())
 
 
 def run_epochs(session: Session, folder: Path, stopped: Callable[[], bool], progress: Tell | None) -> None:

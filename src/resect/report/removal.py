@@ -41,7 +41,9 @@ def removal(rows: list[dict[str, Any]]) -> Any:
         scale=alt.Scale(type="sqrt", domain=[0, top], nice=False),
         axis=theme.percent_axis(values=ticks),
     )
-    colour = alt.Color("net:N", scale=theme.palette(nets), legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3))
+    colour = alt.Color(
+        "net:N", scale=theme.palette(nets), legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1)
+    )
     base = alt.Chart(theme.data(summary)).encode(x=x, color=colour)
     band = base.mark_area(opacity=0.14).encode(y=alt.Y("low:Q", title="test error (square-root scale)"), y2="high:Q")
     line = base.mark_line(strokeWidth=2).encode(y=y)
@@ -54,10 +56,15 @@ def removal(rows: list[dict[str, Any]]) -> Any:
         alt.Tooltip("draws:Q"),
     ]
     points = base.mark_point(filled=True, size=46, stroke="#ffffff", strokeWidth=1, opacity=1).encode(y=y, tooltip=tips)
-    ends = {net: next(row for row in reversed(summary) if row["net"] == net) for net in nets}
-    said = ", ".join(f"{net} {theme.percent(row['error'])}" for net, row in ends.items() if row["removed"] == most)
+    lasting = max(
+        nets,
+        key=lambda net: max((row["removed"] for row in summary if row["net"] == net and row["error"] < 0.1), default=0),
+    )
+    longest = max((row["removed"] for row in summary if row["net"] == lasting and row["error"] < 0.1), default=0)
     return theme.finish(
         alt.layer(band, line, points, width=WIDTH, height=290),
-        f"Mean error with {theme.plural(most, 'block')} removed: {said}",
+        f"Most blocks to spare: {lasting}, {longest} removed at less than 10 % error"
+        if longest
+        else "No net stays below 10 % error with blocks removed",
         "Line: mean over random draws; band: 95 % interval of the mean. Nothing is retrained.",
     )

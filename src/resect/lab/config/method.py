@@ -19,12 +19,17 @@ class AnyMethod(Config):
 
     def options(self) -> dict[str, Any]:
         """The options for the method's class."""
-        return self.model_dump(exclude={"name", "blocks"})
+        return self.model_dump(exclude={"name", "blocks", "recalibrate"})
 
 
 class Dropping(AnyMethod):
-    """What the methods that close random branches share."""
+    """What the methods that close random branches share.
 
+    ``recalibrate``: training batches from which the batch statistics of the full net are renewed at the end; those
+    of the training describe the thinned nets that it ran.
+    """
+
+    recalibrate: int = Field(default=0, ge=0)
     scaling: Literal["none", "inverted", "paper"] = "none"
     own_drop: Literal["refuse", "replace"] = "refuse"
 
