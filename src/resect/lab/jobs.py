@@ -21,8 +21,8 @@ import resect
 from resect.blocks.plan import Plan
 from resect.files import write_text
 from resect.lab import runs
+from resect.lab.data import in_batches, mean_std, normalize, open_data
 from resect.lab.data import load as load_data
-from resect.lab.data import mean_std, normalize
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe, parse
 from resect.lab.removal import removal
@@ -33,6 +33,9 @@ Report = Callable[[str, int, int], None]
 
 PLAN_EPOCHS = 3
 """A block goes if it was muted in every step of this many last epochs."""
+
+PLAN_IMAGES = 2048
+"""Test images on which the plan's evidence has each branch's largest response."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def write_plan(result: TrainResult, recipe: Recipe) -> None:
     if isinstance(result.method, resect.EpsilonGate):
         steps_per_epoch = result.method.steps // len(result.history)
         steps = steps_per_epoch * min(PLAN_EPOCHS, len(result.history))
-        result.method.finalize(steps).save(result.folder / "plan.json")
+        images, labels = open_data(recipe.data.name, **recipe.data.options).sample("test", PLAN_IMAGES)
+        data = in_batches(images, labels, recipe.train.batch_size)
+        result.method.finalize(steps, data).save(result.folder / "plan.json")
 
 
 def cut_shape(recipe: Recipe, plan: Plan) -> nn.Module:
