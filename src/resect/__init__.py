@@ -8,7 +8,7 @@ from resect.errors import ResectError
 from resect.blocks.example import Example
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.find import find_blocks
-from resect.blocks.gate import closed, gates
+from resect.blocks.gate import closed, detach, gates
 from resect.train import schedules
 from resect.train.stochastic_depth import StochasticDepth
 from resect.train.residual_droppath import ResidualDroppath
@@ -44,6 +44,7 @@ __all__ = [
     "ResidualDroppath",
     "StochasticDepth",
     "closed",
+    "detach",
     "droppath_control",
     "find_blocks",
     "gates",

@@ -514,6 +514,7 @@ def test_the_plan_holds_the_evidence(setup):
     for name in plan.names:
         assert plan.evidence["largest_while_muted"][name] == max(seen[name] for seen in largest) <= epsilon
         assert plan.evidence["muted_steps"][name] == 2
+    assert {plan.evidence["largest_while_muted"][name] for name in blocks.names if name not in plan.names} == {0.0}
     assert plan.evidence["largest_in_data"].keys() == set(blocks.names)
     first = blocks[0].name
     with torch.no_grad():

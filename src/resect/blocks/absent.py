@@ -139,6 +139,15 @@ class Joining(InFlight):
     def __init__(self, terms: tuple[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]], ...]) -> None:
         self.terms = terms
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Add as the model does: in place, where it writes the sum into one of the terms."""
+        value = super().__torch_function__(func, types, args, kwargs)
+        in_place = getattr(func, "__name__", "") in ("add_", "__iadd__") and isinstance(value, Tensor)
+        return args[0].copy_(value) if in_place and isinstance(args[0], Tensor) else value
+
     def meet(self, left: Any, right: Any) -> Any:
         """Join every branch of the sum with the other operand; branches alone wait for it together."""
         other = right if left is self else left

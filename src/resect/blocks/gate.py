@@ -143,6 +143,21 @@ def closed(model: nn.Module, blocks: Which) -> Iterator[Gates]:
         yield handle
 
 
+def detach(model: nn.Module) -> nn.Module:
+    """Take every gate off a copy of a model that had a method or lesions attached; return it.
+
+    A copy (deepcopy, ``AveragedModel``, pickle) carries its gates as they were when it was made, and no method
+    leads them any more. The original is detached by its method, or by leaving the ``with``.
+
+    >>> average = resect.detach(torch.optim.swa_utils.AveragedModel(model))
+    """
+    for module in model.modules():
+        port = module.__dict__.get(PORT)
+        for gate in list(port.gates) if port is not None else ():
+            uninstall(module, gate)
+    return model
+
+
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raise ``InputError`` unless ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -155,5 +170,6 @@ def check_detached(model: nn.Module) -> None:
     held = sorted({gate.holder for m in model.modules() if PORT in m.__dict__ for gate in m.__dict__[PORT].gates})
     if held:
         raise AttachError(
-            f"This model still has {', '.join(held)} attached. Detach first: leave the `with`, or .detach()."
+            f"This model still has {', '.join(held)} attached. Detach first: leave the `with`, or .detach(); a copy "
+            "of an attached model: resect.detach(copy)."
         )

@@ -16,9 +16,12 @@ Seen = TypeVar("Seen")
 
 
 def largest_response(branch: Tensor) -> Tensor:
-    """Return ``max|branch|`` as a tensor (); NaN if any element is NaN."""
+    """Return ``max|branch|`` as a tensor (), float32 at least; NaN if any element is NaN, infinite if there is none."""
+    if not branch.numel():
+        return branch.new_full((), float("inf"))
     low, high = torch.aminmax(branch.detach())
-    return torch.maximum(high, -low)
+    largest = torch.maximum(high, -low)
+    return largest if largest.dtype == torch.float64 else largest.float()  # or ε would be rounded as the branch is
 
 
 def relative_response(branch: Tensor, shortcut: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _training(found: Findings) -> list[Section]:
     return [
         Section(
             "Training a net to be cut",
-            f"Both nets have 54 blocks (the layout of ResNet-110, widths 8, 16 and 32) and train alike; one has an "
+            "All nets start with 54 blocks (the layout of ResNet-110, widths 8, 16 and 32); the gated one has an "
             f"ε-gate on every branch (Yu et al. 2018). A branch none of whose outputs exceeds ε = {epsilon:g} on a "
             "batch is muted: it contributes nothing and gets no gradient. Muted for a whole epoch, it is closed for "
             "the rest of the training and costs no time any more. The last seven epochs train what remains, without "

@@ -63,15 +63,17 @@ def training(rows: list[dict[str, Any]]) -> Any:
         )
         panels.append(_lines(gated, muted, colour, "Blocks muted by the gate", tips, width))
     finals = []
-    for net in nets:
-        last = max((row for row in rows if row["net"] == net), key=lambda row: row["epoch"])
+    ends = {net: max((row for row in rows if row["net"] == net), key=lambda row: row["epoch"]) for net in nets}
+    for net, last in ends.items():
         muted_text = f" with {theme.plural(last['muted'], 'muted block')}" if last["muted"] is not None else ""
         if last["test_error"] is not None:
             finals.append(f"{net} {theme.percent(last['test_error'])}{muted_text}")
-    return theme.finish(
-        alt.concat(*panels, columns=2, spacing=30),
-        f"Test error after the last epoch: {', '.join(finals)}",
-    )
+    title = f"Test error after the last epoch: {', '.join(finals)}"
+    if len(finals) > 3:  # too many for one line
+        known = {net: last["test_error"] for net, last in ends.items() if last["test_error"] is not None}
+        low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+        title = f"Test error at the end: {theme.percent(known[low])} ({low}) to {theme.percent(known[high])} ({high})"
+    return theme.finish(alt.concat(*panels, columns=2, spacing=30), title)
 
 
 def response(rows: list[dict[str, Any]]) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resect.errors import InputError
+from resect.train.hooks import Hook
 from resect.train.method import is_recomputing
 
 
@@ -24,7 +25,7 @@ class Consistency:
 
     def attach(self, undo: ExitStack) -> None:
         """Watch the model's outputs until ``undo``."""
-        undo.callback(self.model.register_forward_hook(self._hook).remove)
+        undo.callback(self.model.register_forward_hook(Hook(self._hook)).remove)
 
     def start(self, *, teaching: bool | None) -> None:
         """Begin a step whose outputs teach, or learn, or (None) do neither."""

@@ -12,16 +12,23 @@ from typing import Any
 from torch import nn
 
 from resect.blocks.gate import Which, resolve
-from resect.errors import unknown
+from resect.errors import InputError, check_all, unknown
 from resect.train.method import Method
+from resect.train.problems import number_problems
 from resect.train.random_subset import RandomSubset
 from resect.train.residual_droppath import ResidualDroppath
-from resect.train.schedules import Rule, drop_probs
+from resect.train.schedules import Rule, Schedule, drop_probs
 from resect.train.stochastic_depth import StochasticDepth
 
 
-def _subset(model: nn.Module, blocks: Which, *, drop_prob: float, rule: Rule, **options: Any) -> RandomSubset:
+def _subset(
+    model: nn.Module, blocks: Which, *, drop_prob: float | Schedule, rule: Rule, **options: Any
+) -> RandomSubset:
     """As many blocks learn as run in a drop step on average."""
+    options.pop("own_drop", None)  # it leaves no branch out
+    check_all(number_problems("drop_prob", drop_prob), "RandomSubset as a control")
+    if callable(drop_prob):
+        raise InputError("The control 'random-subset' lets a fixed number of blocks learn: drop_prob must be a number.")
     blocks = resolve(model, blocks)
     kept = len(blocks) - sum(drop_probs(drop_prob, rule, len(blocks)))
     return RandomSubset(model, blocks, keep=round(kept), **options)
@@ -45,7 +52,13 @@ The fifth control, ``plain``, is training without a method.
 
 
 def droppath_control(
-    name: str, model: nn.Module, blocks: Which, *, drop_prob: float = 0.5, rule: Rule = "linear", **options: Any
+    name: str,
+    model: nn.Module,
+    blocks: Which,
+    *,
+    drop_prob: float | Schedule = 0.5,
+    rule: Rule = "linear",
+    **options: Any,
 ) -> Method:
     """Return the control ``name`` of ``CONTROLS`` on the blocks; ``seed`` and ``optimizer`` as for any method.
 

@@ -16,11 +16,10 @@ from resect.train.fold import fold
 from resect.train.freeze import Parts
 from resect.train.masks import DropSamples, SampleMasks
 from resect.train.method import Method
-from resect.train.own_drop import SwitchedOff, find_own_drop, refuse
+from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems
 
 Scaling = Literal["none", "inverted", "paper"]
-OwnDrop = Literal["refuse", "replace"]
 FEW_BLOCKS = 6
 
 
@@ -94,11 +93,7 @@ class Dropping(Method):
         self._scale_eval()
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
-        found = find_own_drop(self.model)
-        if self.own_drop == "refuse":
-            refuse(found, self.name)
-        else:
-            undo.callback(SwitchedOff(found).restore)
+        take_over(self.model, self.own_drop, self.name, undo)
         if len(self.blocks) < FEW_BLOCKS:
             warnings.warn(
                 f"{self.name} on {len(self.blocks)} residual blocks: below {FEW_BLOCKS}, dropping branches tends to "
@@ -114,6 +109,8 @@ class Dropping(Method):
     def _on_step(self) -> None:
         assert self._gates is not None
         self._parts.check(self.model, self.name)
+        for gate in self._gates:
+            gate.served = False
         self._set_gates(self._gates, self.steps)
         self._scale_eval()
 
@@ -124,7 +121,7 @@ class Dropping(Method):
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self._gates is not None
         # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on.
-        closed = [place for place, gate in enumerate(self._gates) if gate.is_closed and gate.acts]
+        closed = [place for place, gate in enumerate(self._gates) if gate.is_closed and (gate.acts or gate.served)]
         self._parts.leave_out(closed)
 
     def _scale_eval(self) -> None:

@@ -23,9 +23,11 @@ from resect.errors import InputError, check_all
 from resect.train.method import Method
 from resect.train.muted import MutedCount
 from resect.train.muting import Muting, check_start
+from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
+from resect.train.ranks import least_over_ranks
 from resect.train.schedules import Schedule, as_schedule
-from resect.train.side import SideSupervision, average_over_ranks
+from resect.train.side import SideSupervision
 
 Units = Literal["absolute", "stream"]
 
@@ -59,6 +61,7 @@ class EpsilonGate(Method):
         every optimizer's that holds weights of the model.
     muted_at_start: ``"raise"`` refuses a model some of whose branches are muted before training starts
         (zero-initialised ones would stay muted for ever); ``"allow"`` is for a trained model.
+    own_drop: as for ``StochasticDepth``: a branch that the model drops itself would count as muted.
 
     Raises
     ------
@@ -92,12 +95,14 @@ class EpsilonGate(Method):
         seed: int = 0,
         optimizer: Optimizer | None = None,
         muted_at_start: Literal["raise", "allow"] = "raise",
+        own_drop: OwnDrop = "refuse",
     ) -> None:
         super().__init__(model, blocks, optimizer)
         problems = [
             *number_problems("epsilon", epsilon, 0, float("inf")),
             *number_problems("side", side, 0, float("inf")),
             *choice_problems(units=(units, Units), muted_at_start=(muted_at_start, Literal["raise", "allow"])),
+            *choice_problems(own_drop=(own_drop, OwnDrop)),
             *count_problems(recheck_every=(recheck_every, 0), seed=(seed, 0)),
         ]
         for name, value in (("skip_muted_after", skip_muted_after), ("settle_after", settle_after)):
@@ -108,10 +113,11 @@ class EpsilonGate(Method):
         check_ends(self.blocks, self.name)
         self.schedule, self.units = as_schedule(epsilon), units
         self.skip_muted_after, self.recheck_every, self.settle_after = skip_muted_after, recheck_every, settle_after
-        self.muted_at_start = muted_at_start
+        self.muted_at_start, self.own_drop = muted_at_start, own_drop
         self.side = float(side)
         self._side = SideSupervision(model, self.blocks, side_at, seed) if side else None
         self.count = MutedCount(len(self.blocks), device_of(model))
+        self._rechecking = False
         self._tested: Tensor | None = None  # largest responses on test data, while finalize() looks
 
     @property
@@ -125,6 +131,7 @@ class EpsilonGate(Method):
         return float(self.count.now(self._closed())[2])
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
+        take_over(self.model, self.own_drop, self.name, undo)
         start = self.schedule(0)
         if start and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
             found = look_on_example(self.model, self.blocks, self.blocks.example, relative=self.units == "stream")
@@ -153,7 +160,9 @@ class EpsilonGate(Method):
         if self.skip_muted_after is None:
             return
         settled = self.settle_after is not None and self.steps >= self.settle_after
-        recheck = not settled and self.recheck_every and self.steps and self.steps % self.recheck_every == 0
+        if settled:
+            self.count.settle(self._closed())
+        recheck = self._rechecking and not settled
         for gate, act, closed in zip(gates, self._acts, self._closed().tolist(), strict=True):
             if closed and not recheck:
                 if not gate.is_closed:
@@ -167,15 +176,15 @@ class EpsilonGate(Method):
     def _on_step(self) -> None:
         self._check_optimised()
         self.count.begin(self._closed())
+        if self.skip_muted_after is not None:
+            least_over_ranks(self.count.run)  # a block is closed on all processes or on none
         epsilon = self.schedule(self.steps)
         check_number("epsilon", epsilon, 0)
         for act in self._acts:
             act.epsilon = epsilon
         assert self._gates is not None
+        self._rechecking = bool(self.recheck_every and self.steps and self.steps % self.recheck_every == 0)
         self._skip(self._gates)
-
-    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
-        average_over_ranks(self.parameters())
 
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return the side supervision's loss times its weight; ``target``: the labels (N,) of the batch."""
@@ -244,8 +253,9 @@ class EpsilonGate(Method):
             self.model.eval()
             run = forward or forward_batch
             with torch.no_grad():
-                for batch in data:
-                    run(self.model, batch)
+                batches = [run(self.model, batch) is None for batch in data]
+            if not batches:
+                raise InputError("finalize(data=…) needs at least one batch, and there is none.")
             return dict(zip(self.blocks.names, self._tested.tolist(), strict=True))
 
     def note(self, place: int, muted: Tensor, response: Tensor) -> None:
@@ -262,6 +272,7 @@ class EpsilonGate(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from ``state``; raises ``InputError`` if it is of another number of blocks."""
+        self._check_state(state)
         self.count.load_state_dict(state)
         super().load_state_dict(state)
         if self._side is not None:

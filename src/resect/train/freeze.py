@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.intercept import Gate
 from resect.errors import AttachError
 
 Stillness = Literal["skip", "zero"]
@@ -26,17 +27,23 @@ class Freeze:
 
     ``stillness="skip"`` gives the optimizer no gradient (None): no update, momentum or weight decay.
     ``"zero"`` gives it zeros: momentum and decay go on, as in Huang's code (one flat parameter vector).
+    ``holders``: the modules whose own buffers stand still.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        buffers: Iterable[Tensor] = (),
+        holders: Iterable[nn.Module] = (),
         stillness: Stillness = "skip",
         evaluating: Iterable[nn.Module] = (),
     ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self.saved = [
+            (holder._buffers, name, buffer, buffer.detach().clone())
+            for holder in holders
+            for name, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
         self.stillness = stillness
         self.evaluating = [module for module in evaluating if module.training]
         for parameter in self.parameters:
@@ -51,16 +58,27 @@ class Freeze:
                 'norms="eval" was undone: model.train() was called after begin_step(). Call it before begin_step().'
             )
 
-    def release(self) -> None:
-        """End the freezing: call when all backward passes of the step are done, before the optimizer looks."""
+    def forget_buffers(self) -> None:
+        """Do not put buffers back: they have just been loaded."""
+        self.saved = []
+
+    def release(self, training: bool = True) -> None:
+        """End the freezing: call when all backward passes of the step are done, before the optimizer looks.
+
+        ``training``: whether the model is in train mode by now.
+        """
         for parameter in self.parameters:
             parameter.requires_grad_(True)
             parameter.grad = torch.zeros_like(parameter) if self.stillness == "zero" else None
         with torch.no_grad():
-            for buffer, before in self.saved:
-                buffer.copy_(before)
+            for buffers, name, buffer, before in self.saved:
+                now = buffers.get(name)
+                if now is not None and (now.dtype, now.device) != (before.dtype, before.device):
+                    now.copy_(before)  # the model was cast or moved in the meantime
+                else:
+                    buffers[name] = buffer.copy_(before)  # a module may have put a new tensor in its place
         for module in self.evaluating:
-            module.training = True
+            module.training = training
         self.parameters, self.saved, self.evaluating = [], [], []
 
 
@@ -89,10 +107,14 @@ def _is_raw(block: ResidualBlock, modules: dict[str, nn.Module], module: nn.Modu
     return False
 
 
+def branch_modules(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
+    """Return all modules of the block's branch."""
+    return list({id(m): m for name in block.modules for m in model.get_submodule(name).modules()}.values())
+
+
 def own_buffers(model: nn.Module, block: ResidualBlock) -> list[Tensor]:
     """Return the buffers of the block's branch modules."""
-    modules = [model.get_submodule(name) for name in block.modules]
-    return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
+    return [buffer for module in branch_modules(model, block) for buffer in module.buffers(recurse=False)]
 
 
 class Parts:
@@ -100,14 +122,11 @@ class Parts:
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
         self.parameters = [own_parameters(model, block) for block in blocks]
-        self.buffers = [own_buffers(model, block) for block in blocks]
+        self.modules = [branch_modules(model, block) for block in blocks]
         mine = {id(parameter) for group in self.parameters for parameter in group}
-        written = {id(buffer) for group in self.buffers for buffer in group}
+        inside = {module for group in self.modules for module in group}
         self.rest = [parameter for parameter in model.parameters() if id(parameter) not in mine]
-        self.rest_buffers = [buffer for buffer in model.buffers() if id(buffer) not in written]
-        self.norms = [[m for n in b.modules for m in _norms(model.get_submodule(n))] for b in blocks]
-        inside = {module for group in self.norms for module in group}
-        self.rest_norms = [module for module in _norms(model) if module not in inside]
+        self.rest_modules = [module for module in model.modules() if module not in inside]
         self._known = {id(parameter) for parameter in model.parameters()}
 
     def check(self, model: nn.Module, name: str) -> None:
@@ -125,9 +144,9 @@ class Parts:
         rest: bool,
         stillness: Stillness = "skip",
         norms: Norms = "batch",
-        buffers: Iterable[Tensor] = (),
+        holders: Iterable[nn.Module] = (),
     ) -> Freeze:
-        """Freeze the blocks marked True, with ``rest`` all that belongs to no block, and some more ``buffers``.
+        """Freeze the blocks marked True, with ``rest`` all that belongs to no block, and the buffers of ``holders``.
 
         ``norms``: their norms use the "batch" and keep their running statistics, let them go on "moving", or "eval".
         """
@@ -136,11 +155,12 @@ class Parts:
             inside = [item for group, still in zip(groups, frozen, strict=True) if still for item in group]
             return inside + others if rest else inside
 
+        modules = chosen(self.modules, self.rest_modules)
         return Freeze(
             chosen(self.parameters, self.rest),
-            [*buffers, *(chosen(self.buffers, self.rest_buffers) if norms != "moving" else ())],
+            {id(module): module for module in [*holders, *(modules if norms != "moving" else ())]}.values(),
             stillness,
-            chosen(self.norms, self.rest_norms) if norms == "eval" else (),
+            [module for module in modules if _is_norm(module)] if norms == "eval" else (),
         )
 
     def leave_out(self, places: Iterable[int], stillness: Stillness = "skip") -> None:
@@ -149,6 +169,16 @@ class Parts:
             Freeze(self.parameters[place], (), stillness).release()
 
 
-def _norms(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that keep running statistics."""
-    return [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+def check_modes(gates: Iterable[Gate], training: list[bool], name: str) -> None:
+    """Raise ``AttachError`` if a block trains now that was in eval mode at ``begin_step()``: it was not frozen."""
+    late = [gate.block.name for gate, before in zip(gates, training, strict=True) if gate.owner.training and not before]
+    if late:
+        raise AttachError(
+            f"model.train() was called after {name}.begin_step(), which found {late[0]!r} in eval mode and left "
+            f"{len(late)} such blocks alone. Call model.train() before begin_step()."
+        )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics."""
+    return getattr(module, "running_mean", None) is not None

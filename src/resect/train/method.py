@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.intercept import Mode
-from resect.errors import AttachError, BlocksError
+from resect.errors import AttachError, BlocksError, InputError
 from resect.train.changed import Wiring
 
 Batch = TypeVar("Batch")
@@ -57,8 +57,8 @@ class Method:
 
     @property
     def open_blocks(self) -> int:
-        """How many blocks are computed in the current training step; all of them while not attached."""
-        return len(self.blocks) if self._gates is None else sum(not gate.is_closed for gate in self._gates)
+        """How many blocks the latest training step computes; all of them while not attached."""
+        return len(self.blocks) if self._gates is None else self._open
 
     def attach(self) -> Self:
         """Start acting on the model. A failure leaves the model as it was."""
@@ -73,7 +73,7 @@ class Method:
             self._arm(gates, undo)
             self._watch_optimizers(undo)
             self._undo = undo.pop_all()
-        self._gates = gates
+        self._gates, self._open = gates, len(gates)
         return self
 
     def detach(self) -> None:
@@ -100,6 +100,8 @@ class Method:
             )
         self._wiring.check(self.name)
         self._on_step()
+        assert self._gates is not None
+        self._open = sum(not (gate.is_closed and gate.acts) for gate in self._gates)
         self.steps += 1
         self._begun = True
         self._stepped.clear()
@@ -126,7 +128,17 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
+        self._check_state(state)
         self.steps = int(state["steps"])
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``InputError`` before anything is loaded, if this is another method's state, or of other options."""
+        missing, more = sorted(set(self.state_dict()) - set(state)), sorted(set(state) - set(self.state_dict()))
+        if missing or more:
+            raise InputError(
+                f"This is not the state of such a {self.name}: it lacks {missing}, and has {more} beside. Make the "
+                "method with the options that it was saved with."
+            )
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         """Set the gates at attach; what ``detach()`` must undo beside them goes into ``undo``."""
@@ -142,19 +154,19 @@ class Method:
         """Do what must be done right after an optimizer has moved the weights."""
 
     def _watch_optimizers(self, undo: ExitStack) -> None:
-        """Be told of optimizer steps: of the given optimizer, or of every one that holds weights of the model."""
+        """Be told of the steps of every optimizer that holds weights of the model, given or not."""
         if self.optimizer is not None:
+            if not self._concerns(self.optimizer):
+                raise AttachError(
+                    f"The optimizer given to {self.name} holds no parameter of the model. Make it of "
+                    "model.parameters(), or leave optimizer= out: every optimizer of the model's weights is watched."
+                )
             self._optimised = _held(self.optimizer)
             self._check_optimised()
-            undo.callback(self.optimizer.register_step_pre_hook(self._pre_hook).remove)
-            undo.callback(self.optimizer.register_step_post_hook(self._post_hook).remove)
-            return
         undo.callback(register_optimizer_step_pre_hook(self._pre_hook).remove)
         undo.callback(register_optimizer_step_post_hook(self._post_hook).remove)
 
     def _concerns(self, optimizer: Optimizer) -> bool:
-        if self.optimizer is not None:
-            return True
         mine = {id(parameter) for source in (self.model, self) for parameter in source.parameters()}
         return not mine.isdisjoint(_held(optimizer))
 
@@ -167,9 +179,14 @@ class Method:
                 "optimizer has them. Make the optimizer of [*model.parameters(), *method.parameters()]."
             )
 
-    def _pre_hook(self, optimizer: Optimizer, *_: Any) -> None:
+    def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._concerns(optimizer):
             return
+        if kwargs.get("closure") is not None or any(argument is not None for argument in args[1:]):
+            raise AttachError(
+                f"optimizer.step(closure) computes gradients after {self.name} had to look at them. Call backward() "
+                "first, then optimizer.step() without a closure."
+            )
         # Several optimizers may share the model's weights: each steps once per begin_step().
         if not self._begun or id(optimizer) in self._stepped:
             raise AttachError(

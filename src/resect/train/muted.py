@@ -61,6 +61,10 @@ class MutedCount:
         average = decay * self.average + (1 - decay) * torch.where(known, muted, run > 0).sum()
         return run, in_run, average
 
+    def settle(self, closed: Tensor) -> None:
+        """Count all blocks but the closed ones as open from now on: they run without a gate, and nothing notes them."""
+        self.run = torch.where(closed, self.run, 0)
+
     def state_dict(self, closed: Tensor) -> dict[str, Any]:
         """Return the counts as tensors, the step under way counted."""
         run, in_run, average = self.now(closed)

@@ -48,18 +48,20 @@ class Muting:
 
     def __call__(self, branch: Tensor) -> Tensor:
         """Return the branch end, or zeros, by the size of its largest response."""
-        return self._gate(branch, largest_response(branch)) if self.epsilon else branch
+        return self._gate(branch, largest_response(branch)) if self.epsilon or self.note else branch
 
     def join(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return shortcut plus branch, or the shortcut, by the largest response in units of the stream."""
-        if not self.epsilon:
+        if not self.epsilon and not self.note:
             return shortcut + branch
         return shortcut + self._gate(branch, relative_response(branch, shortcut))
 
     def _gate(self, branch: Tensor, response: Tensor) -> Tensor:
-        muted = response <= self.epsilon
+        muted = (response <= self.epsilon) & (self.epsilon > 0)
         if self.note is not None and not is_recomputing():
             self.note(self.place, muted, response)
+        if not self.epsilon:  # no gate at all, gradients of an all-zero branch included
+            return branch
         return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal
 
 from torch import nn
 
 from resect.errors import AttachError
+
+OwnDrop = Literal["refuse", "replace"]
 
 # Class -> the attribute with its probability: timm and transformers, torchvision, other spellings.
 _MODULES = {"DropPath": "drop_prob", "StochasticDepth": "p", "DropPath2d": "drop_prob", "LayerDrop": "p"}
@@ -37,26 +40,33 @@ def find_own_drop(model: nn.Module) -> Found:
     return found
 
 
-class SwitchedOff:
-    """The model's own dropping, off until ``restore()``."""
-
-    def __init__(self, found: Found) -> None:
-        self.found = found
-        for _, holder, attribute, _ in found:
-            setattr(holder, attribute, 0.0)
-
-    def restore(self) -> None:
-        """Give everything its probability back."""
-        for _, holder, attribute, value in self.found:
-            setattr(holder, attribute, value)
+_off: dict[tuple[int, str], list[Any]] = {}
+"""What is switched off now: (id of the object, attribute) -> object, probability, number of methods that want it so."""
 
 
-def refuse(found: Found, name: str) -> None:
-    """Raise ``AttachError`` if the model drops branches itself."""
-    if found:
+def take_over(model: nn.Module, own_drop: OwnDrop, name: str, undo: ExitStack) -> None:
+    """Refuse a model that drops branches itself, or switch that off until ``undo``; the last method gives it back."""
+    found = find_own_drop(model)
+    if found and own_drop == "refuse":
         where, _, _, value = found[-1]
         raise AttachError(
             f"This model drops branches of its own ({len(found)} places, for instance {where} = {value:g}), and {name} "
-            "would drop on top of that. Pass own_drop='replace' to switch the model's own off while the method is "
+            "would act on top of that. Pass own_drop='replace' to switch the model's own off while the method is "
             "attached, or build the model without (timm: drop_path_rate=0)."
         )
+    for _, holder, attribute, value in found:
+        _off[id(holder), attribute] = [holder, value, 0]
+        setattr(holder, attribute, 0.0)
+    mine = {id(module) for module in model.modules()} | {id(getattr(m, "config", None)) for m in model.modules()}
+    for key, entry in list(_off.items()):
+        if key[0] in mine:
+            entry[2] += 1
+            undo.callback(_give_back, key)
+
+
+def _give_back(key: tuple[int, str]) -> None:
+    entry = _off[key]
+    entry[2] -= 1
+    if not entry[2]:
+        setattr(entry[0], key[1], entry[1])
+        del _off[key]

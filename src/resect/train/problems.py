@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from resect.blocks.block import Blocks
@@ -14,7 +15,7 @@ def number_problems(name: str, value: float | Callable[[int], float], low: float
     """Say what is wrong with a number in [low, high] or a schedule of it; nothing if it is fine."""
     if callable(value):
         return []
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         span = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
         return [f"{name} must be a number {span}, or a schedule of it, not {value!r}"]
     return []
@@ -34,7 +35,7 @@ def count_problems(**counts: tuple[Any, int]) -> list[str]:
     return [
         f"{name} must be a whole number of at least {low}, not {value!r}"
         for name, (value, low) in counts.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < low
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low
     ]
 
 

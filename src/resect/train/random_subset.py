@@ -6,6 +6,7 @@ Like LayerDropBack (arXiv 2412.18027): what dropping does to learning, without w
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +15,8 @@ from resect.blocks.gate import Gates, Which
 from resect.errors import check_all
 from resect.train.draws import draw_subset
 from resect.train.effective_paths import keep_problems
-from resect.train.freeze import Freeze, Parts
+from resect.train.freeze import Freeze, Parts, check_modes
+from resect.train.hooks import Hook
 from resect.train.method import Method
 
 
@@ -53,17 +55,25 @@ class RandomSubset(Method):
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         self._parts = Parts(self.model, self.blocks)
         undo.callback(self._release)
+        undo.callback(self.model.register_load_state_dict_post_hook(Hook(self._loaded)).remove)
 
     def _on_step(self) -> None:
         assert self._gates is not None
         self._release()
         self._parts.check(self.model, self.name)
         stays = draw_subset(self.keep, len(self.blocks), self.seed, self.steps)
-        still = [gate.owner.training and not stay for gate, stay in zip(self._gates, stays, strict=True)]
+        self._training = [gate.owner.training for gate in self._gates]
+        still = [trains and not stay for trains, stay in zip(self._training, stays, strict=True)]
         self._freeze = self._parts.freeze(still, rest=False)
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self._gates is not None
+        check_modes(self._gates, self._training, self.name)
         self._release()
+
+    def _loaded(self, *_: Any) -> None:
+        if self._freeze is not None:
+            self._freeze.forget_buffers()
 
     def _release(self) -> None:
         if self._freeze is not None:

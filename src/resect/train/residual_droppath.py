@@ -19,7 +19,8 @@ from resect.errors import AttachError
 from resect.train.consistency import Consistency
 from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
-from resect.train.freeze import Freeze, Norms, Stillness
+from resect.train.freeze import Freeze, Norms, Stillness, check_modes
+from resect.train.hooks import Hook
 from resect.train.masks import Per, SampleMasks, check_batch_first
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind
@@ -150,22 +151,27 @@ class ResidualDroppath(Dropping):
         self.kind: Kind = "plain"
         self.plain_steps = 0
         self._compare = Consistency(model)
-        self._looping = False
+        self._looping, self._cut = False, False
         self._freeze: Freeze | None = None
         self._masks: SampleMasks | None = None
         self._split: SampleFreeze | None = None
-        self._rates: list[Any] = []
+        self._rates: list[tuple[dict[str, Any], Any]] = []
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches to train on, one per optimizer step; ``data="same"`` repeats each."""
         self._looping = True
+        if self._cut:  # the last loop was left in the middle of a batch's steps, which are not to go on with another
+            self.steps += self.alternation.repeats(self.steps)
+        self._cut = self.data == "same"
         try:
             for batch in loader:
                 repeats = self.alternation.repeats(self.steps) if self.data == "same" else 1
                 for _ in range(repeats):
                     yield batch
+            self._cut = False
         finally:
             self._looping = False
+            self._cut = self._cut and self.alternation.repeats(self.steps) < self.alternation.cycle
 
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return the consistency term of a dropped-only step; 0 without one."""
@@ -182,6 +188,7 @@ class ResidualDroppath(Dropping):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         super().load_state_dict(state)
+        self._cut = False
         self.plain_steps = int(state["plain_steps"])
         self._compare.teachers = list(state["teachers"])
 
@@ -191,6 +198,7 @@ class ResidualDroppath(Dropping):
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         super()._arm(gates, undo)
         undo.callback(self._release)
+        undo.callback(self.model.register_load_state_dict_post_hook(Hook(self._loaded)).remove)
         if self.consistency:
             self._compare.attach(undo)
         if self.per == "sample":
@@ -205,9 +213,9 @@ class ResidualDroppath(Dropping):
         if self.data == "same" and kind != "plain" and not self._looping:
             raise AttachError('data="same" needs the loop `for batch in method.batches(loader)`.')
         draw_step = self.steps if self.mask == "fresh" else draw_step
-        training = [gate.owner.training for gate in self._gates]
+        training = self._training = [gate.owner.training for gate in self._gates]
         dropped = self._dropped(draw_step, training)
-        if kind != "plain" and not any(dropped):
+        if kind != "plain" and not self._can_learn(kind, dropped):
             kind, self.plain_steps = "plain", self.plain_steps + 1
         self.kind = kind
         self._masks = SampleMasks(self._probs(draw_step), self.seed, draw_step) if self.per == "sample" else None
@@ -225,6 +233,11 @@ class ResidualDroppath(Dropping):
         probs = self._probs(step)
         drawn = draw_closed(probs, self.seed, step) if self.per == "batch" else [prob > 0 for prob in probs]
         return [is_drawn and trains for is_drawn, trains in zip(drawn, training, strict=True)]
+
+    def _can_learn(self, kind: Kind, dropped: list[bool]) -> bool:
+        """Whether there is anything to drop, and, in a dropped-only step, anything in it that the user lets learn."""
+        groups = [group for group, is_dropped in zip(self._parts.parameters, dropped, strict=True) if is_dropped]
+        return bool(groups) and (kind == "drop" or any(p.requires_grad for group in groups for p in group))
 
     def _begin_drop(self, gates: Gates, dropped: list[bool], step: int) -> None:
         if self._masks is not None:
@@ -245,12 +258,14 @@ class ResidualDroppath(Dropping):
         if self._masks is not None and self._split is not None:
             self._split.masks = self._masks
         # Samples that dropped a block and samples that did not share its batch: then no statistics move at all.
-        buffers = () if self._masks is None else self.model.buffers()
+        holders = () if self._masks is None else self.model.modules()
         self._freeze = self._parts.freeze(
-            still, rest=self.rest == "frozen", stillness=self.stillness, norms=self.norms, buffers=buffers
+            still, rest=self.rest == "frozen", stillness=self.stillness, norms=self.norms, holders=holders
         )
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self._gates is not None
+        check_modes(self._gates, self._training, self.name)
         if self._freeze is not None:
             self._freeze.check()
         if self._masks is not None and (self.kind == "drop" or self._freeze is not None):
@@ -259,19 +274,27 @@ class ResidualDroppath(Dropping):
             self._parts.leave_out(still, self.stillness)
         self._release()
         if self.kind == "dropped-only" and self.lr_scale != 1:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
+                self._rates.append((group, group["lr"]))
                 group["lr"] = group["lr"] * self.lr_scale
 
     def _after_optimizer_step(self, optimizer: Optimizer) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+        self._restore_rates()
+
+    def _restore_rates(self) -> None:
+        for group, rate in self._rates:
             group["lr"] = rate
         self._rates = []
 
+    def _loaded(self, *_: Any) -> None:
+        if self._freeze is not None:
+            self._freeze.forget_buffers()
+
     def _release(self) -> None:
         """End what stands still in the current step."""
+        self._restore_rates()
         if self._freeze is not None:
-            self._freeze.release()
+            self._freeze.release(self.model.training)
             self._freeze = None
         if self._split is not None:
             self._split.masks = None

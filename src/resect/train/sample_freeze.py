@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from resect.blocks.block import Blocks
+from resect.blocks.example import Example
+from resect.blocks.modes import kept_modes
 from resect.errors import AttachError
+from resect.train.hooks import Hook
 from resect.train.masks import SampleMasks, over_samples
 
 
@@ -24,6 +27,7 @@ class SampleFreeze:
 
     def __init__(self, model: nn.Module, blocks: Blocks, undo: ExitStack) -> None:
         self.masks: SampleMasks | None = None
+        self._samples: set[int] = set()
         for place, block in enumerate(blocks):
             if block.raw_parameters:
                 raise AttachError(
@@ -32,11 +36,34 @@ class SampleFreeze:
                 )
             owner = model.get_submodule(block.owner)
             for module in _with_parameters(model, block.modules):
-                hook = module.register_forward_hook(self._hook(place, owner), with_kwargs=True)
+                hook = module.register_forward_hook(Hook(self._hook(place, owner)), with_kwargs=True)
                 undo.callback(hook.remove)
+        if blocks.example is not None:
+            self._check_example(model, blocks.example)
+
+    def _check_example(self, model: nn.Module, example: Example) -> None:
+        """Run the example once: every module whose gradient is to be split must have the batch first."""
+        self._samples, buffers = {len(t) for t in example.tensors() if t.ndim}, list(model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+                example.run(model.train())
+        finally:
+            self._samples = set()
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+    def _check(self, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and len(output) not in self._samples:
+            raise AttachError(
+                f'ResidualDroppath(per="sample") cannot split {type(module).__name__} by samples: its output begins '
+                f'with {len(output)} for a batch of {max(self._samples)}. Use per="batch", or leave its block out.'
+            )
 
     def _hook(self, place: int, owner: nn.Module) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._samples:
+                self._check(module, output)
             if self.masks is None or not owner.training:
                 return None
             if not isinstance(output, Tensor):

@@ -6,7 +6,6 @@ of the second of three stages; it goes when the net is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +19,9 @@ from resect.blocks.example import device_of
 from resect.blocks.modes import kept_modes
 from resect.errors import InputError
 from resect.train.draws import generator
+from resect.train.hooks import Hook
 from resect.train.method import is_recomputing
+from resect.train.ranks import mean_over_ranks
 
 
 class SideHead(nn.Module):
@@ -73,8 +74,10 @@ class SideSupervision:
 
     def attach(self, undo: ExitStack) -> None:
         """Watch the stream until ``undo``."""
-        undo.callback(self.owner.register_forward_hook(self._hook).remove)
+        undo.callback(self.owner.register_forward_hook(Hook(self._hook)).remove)
         undo.callback(self._forget)
+        for parameter in self.head.parameters():
+            undo.callback(parameter.register_post_accumulate_grad_hook(average_over_ranks).remove)
 
     def loss(self, target: Any) -> Tensor:
         """Return the cross entropy of the head on the latest forward pass in train mode; ``target``: int64 (N,)."""
@@ -100,11 +103,7 @@ def _stream(output: Any, block: ResidualBlock) -> Tensor:
     return tensors[0]
 
 
-def average_over_ranks(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over all processes, if there are several: the head is outside what DDP wraps."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= torch.distributed.get_world_size()
+def average_over_ranks(parameter: Tensor) -> None:
+    """Average a gradient over all processes, if there are several: the head is outside what DDP wraps."""
+    if parameter.grad is not None:
+        mean_over_ranks(parameter.grad)
