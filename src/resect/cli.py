@@ -75,7 +75,9 @@ def find(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="a recipe that ships (digits-plain, digits-epsilon, …) or a TOML file")],
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe that ships (digits-plain, …), a TOML file, or a run to resume")
+    ],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value, for instance train.epochs=3")] = None,
     to: Annotated[Path | None, typer.Option("--out", help="the run's folder (default: runs/RECIPE)")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
@@ -84,14 +86,14 @@ def train(
 
     Example: [bold]resect train digits-epsilon train.epochs=10 --out runs/epsilon[/bold]
     """
-    from resect.lab import recipe as recipes
+    from resect.lab import runs
     from resect.lab.display import progress_bar
     from resect.lab.interrupt import Interrupted
     from resect.lab.jobs import write_plan
     from resect.lab.trainer import train as run
 
-    folder, wanted = to or Path("runs") / Path(recipe).stem, recipes.read(recipe, changes or ())
-    again = shlex.join(["resect", "train", recipe, *(changes or ()), "--out", str(folder), "--resume"])
+    folder, wanted = runs.wanted(recipe, changes or (), to, resume)
+    again = shlex.join(["resect", "train", str(folder), "--resume"])
     with progress_bar(err) as display:
         tell = display.training(wanted.model.name, wanted.train.batch_size)
         try:

@@ -215,3 +215,17 @@ def test_a_training_in_another_thread_leaves_signals_alone(tmp_path):
     thread.start()
     thread.join()
     assert not failures
+
+
+def test_a_run_says_itself_what_it_was(tmp_path):
+    from resect.errors import FileError, InputError
+    from resect.lab.runs import wanted
+
+    used = with_method("plain")
+    with pytest.raises(Interrupted):
+        train(used, tmp_path / "run", interruptible=True, progress=stop_at(3))
+    assert wanted(str(tmp_path / "run"), [], None, True) == (tmp_path / "run", used)
+    with pytest.raises(InputError, match=r"goes on as it was: leave out train\.epochs=9"):
+        wanted(str(tmp_path / "run"), ["train.epochs=9"], None, True)
+    with pytest.raises(FileError, match="There is nothing to go on with in"):
+        wanted("digits-plain", [], tmp_path / "typo", True)

@@ -119,3 +119,8 @@ def test_every_family_builds_and_names_its_input_size(name, shape):
     assert input_size(name, model) == shape
     assert model(torch.randn(1, *shape)).shape == (1, 4)
     assert set(fit_options(name, 1, 4)) >= {"num_classes"}
+
+
+def test_a_number_for_the_widths_is_explained():
+    with pytest.raises(InputError, match=r"widths must be three numbers, for instance \[8, 16, 32\], not 8"):
+        cifar_resnet(8, widths=8)

@@ -119,3 +119,11 @@ def test_wrong_methods_are_named_with_the_nearest_valid_ones():
     assert "method.drop_prob: input should be less than or equal to 1, not 1.5" in message
     with pytest.raises(InputError, match=r"^Recipe: train.schedule = \"adaptive\" follows muted blocks"):
         recipe.parse({**TINY, "train": {"schedule": "adaptive"}})
+
+
+def test_a_method_can_be_left_out_and_tables_are_tables():
+    assert recipe.read("digits-epsilon", ["method=none"]).method is None
+    with pytest.raises(InputError, match="train: must be a table of keys and values, not 3"):
+        recipe.read("digits-plain", ["train=3"])
+    with pytest.raises(InputError, match=r"All that ship: .*digits-residual-droppath"):
+        recipe.read("digits")

@@ -482,6 +482,10 @@ def test_side_supervision_is_the_formula_and_must_be_optimised(setup):
         assert torch.allclose(weights[2].grad, fc.weight.grad)
         optimizer.step()
         assert weights[2].grad.any()
+        method.begin_step()
+        net(x).sum().backward()
+        with pytest.raises(AttachError, match=r"extra_loss\(y\) was not called"):
+            optimizer.step()
     state = method.state_dict()
     again = resect.EpsilonGate(net, blocks, epsilon=1e-9, side=0.1, side_at="layers.1/b")
     again.load_state_dict(state)
@@ -489,7 +493,7 @@ def test_side_supervision_is_the_formula_and_must_be_optimised(setup):
     alone = torch.optim.SGD(net.parameters(), lr=0.1)
     with again:
         again.begin_step()
-        net(x).sum().backward()
+        (net(x).sum() + again.extra_loss(y)).backward()
         alone.step()
         with pytest.raises(AttachError, match="no optimizer has them"):
             again.begin_step()

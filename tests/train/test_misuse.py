@@ -385,3 +385,14 @@ def test_the_random_subset_control_says_what_it_cannot_do():
     with pytest.raises(InputError, match="drop_prob must be a number between 0 and 1"):
         resect.droppath_control("random-subset", net, blocks, drop_prob=2.0)
     resect.droppath_control("random-subset", net, blocks, own_drop="replace")
+
+
+def test_wrong_arguments_are_explained():
+    net, _, blocks = chain()
+    with pytest.raises(InputError, match="between 0 and 1, or a schedule of it, not 'linear'"):
+        resect.StochasticDepth(net, blocks, drop_prob="linear")
+    with pytest.raises(InputError, match="side_at names the place of side supervision: it needs a weight"):
+        resect.EpsilonGate(net, blocks, side_at="layers.2")
+    with pytest.raises(InputError, match="follows an EpsilonGate, not a StochasticDepth"):
+        resect.AdaptiveLR(sgd(net), resect.StochasticDepth(net, blocks))
+    assert repr(resect.StochasticDepth(net, blocks)) == "<StochasticDepth on 7 blocks, 0 steps, not attached>"

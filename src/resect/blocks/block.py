@@ -197,7 +197,8 @@ class Blocks(Sequence[ResidualBlock]):
         parts = sorted({block.part for block in self})
         of = f" of {self.model}" if self.model else ""
         layers = len(self.layers())
-        return f"{len(self)} residual blocks in {layers} layers{of}: {', '.join(parts)}"
+        counts = f"{len(self)} residual block{'s' * (len(self) != 1)} in {layers} layer{'s' * (layers != 1)}"
+        return f"{counts}{of}: {', '.join(parts)}"
 
     def __str__(self) -> str:
         rows = [("name", "shortcut", "part", "modules", "parameters")]

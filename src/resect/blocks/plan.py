@@ -96,7 +96,8 @@ class Plan:
             raise FileError(f"Cannot read the plan {str(path)!r}: {error}") from error
 
     def __str__(self) -> str:
-        lines = [f"{len(self.blocks)} residual block(s) to go, chosen by {self.by}" + ":" * bool(self.blocks)]
+        noun = "residual block" if len(self.blocks) == 1 else "residual blocks"
+        lines = [f"{len(self.blocks)} {noun} to go, chosen by {self.by}" + ":" * bool(self.blocks)]
         for block in self.blocks:
             score = f"  {self.scores[block.name]:+.4g}" if block.name in self.scores else ""
             lines.append(f"  {block.name}  ({block.shortcut}, {block.parameters:,} parameters){score}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resect.errors import check_all, unknown
+from resect.errors import InputError, check_all, unknown
 
 
 def pad_channels(x: Tensor, channels: int) -> Tensor:
@@ -161,6 +161,9 @@ def cifar_resnet(
     Raises:
         InputError: a depth that is not 6n+2, or counts, widths or options that make no net.
     """
+    for name, value in (("widths", widths), ("blocks_per_stage", blocks_per_stage)):
+        if value is not None and not isinstance(value, Iterable):
+            raise InputError(f"CIFAR ResNet: {name} must be three numbers, for instance [8, 16, 32], not {value!r}.")
     widths = tuple(widths)
     counts = ((depth - 2) // 6,) * 3 if blocks_per_stage is None else tuple(blocks_per_stage)
     check_all(_problems(depth, shortcut, widths, counts, in_channels, num_classes), "CIFAR ResNet")

@@ -53,7 +53,7 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     is_path = isinstance(source, Path) or source.endswith(".toml") or "/" in source
     if not is_path and source not in names():
-        raise unknown("recipe", source, names())
+        raise InputError(f"{unknown('recipe', source, names())} All that ship: {', '.join(names())}.")
     file = Path(source) if is_path else _folder() / f"{source}.toml"
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -102,6 +102,9 @@ def _override(tables: dict[str, Any], text: str) -> None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise InputError(f"Override {text!r}: {parent!r} is a value, not a table.")
+    if (key.strip(), value.strip()) == ("method", "none"):  # TOML has no word for it
+        tables.pop("method", None)
+        return
     try:
         table[last] = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -126,6 +129,8 @@ def _problem(error: Any) -> str:
             return f"{key}.name: missing; one of {', '.join(METHODS)}"
         case "value_error":  # of keys that do not fit together
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{key}: must be a table of keys and values, not {error['input']!r}"
         case "missing":
             return f"{key}: {error['msg'].lower()}"
     return f"{key}: {error['msg'].lower()}, not {error['input']!r}"

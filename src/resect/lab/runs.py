@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, write_bytes
 from resect.lab import checkpoint
 from resect.lab.data import Data, open_data
-from resect.lab.recipe import Recipe, differences, parse
+from resect.lab.recipe import Recipe, differences, parse, read
 from resect.lab.registry import build, fit_options
 from resect.lab.tree import flatten
 
@@ -29,7 +29,13 @@ FORMAT = "resect-run-1"
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's model, with the channels and classes of ``data`` unless the recipe gives them."""
     fitting = fit_options(recipe.model.name, data.shape[0], len(data.classes))
-    return build(recipe.model.name, **fitting | recipe.model.options)
+    try:
+        return build(recipe.model.name, **fitting | recipe.model.options)
+    except InputError as error:
+        if not recipe.model.options:
+            raise
+        given = ", ".join(recipe.model.options)
+        raise InputError(f"{error} The recipe gives it {given}; model.options={{}} leaves that out.") from error
 
 
 @contextmanager
@@ -69,6 +75,34 @@ def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     changes = list(differences(parse(saved["recipe"], f"The recipe in {last}"), recipe))
     check_all(changes, f"{folder} holds a run of another recipe, which cannot be resumed")
     return saved
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run, finished or not, from its last checkpoint.
+
+    Raises:
+        FileError: the folder has no checkpoint, or a damaged one.
+    """
+    last = checkpoint.newest(folder)
+    if last is None:
+        raise FileError(f"There is nothing to go on with in {folder}: it has no checkpoint.")
+    return parse(checkpoint.load(last)["recipe"], f"The recipe in {last}")
+
+
+def wanted(source: str, changes: Sequence[str], to: Path | None, resume: bool) -> tuple[Path, Recipe]:
+    """The folder and recipe that ``resect train`` is asked for; ``source``: a run to resume, or a recipe.
+
+    Raises:
+        InputError, FileError: as `recipe.read`; or there is nothing to resume.
+    """
+    if resume and Path(source).is_dir():
+        if changes:
+            raise InputError(f"{source} goes on as it was: leave out {', '.join(changes)}, or start a new run.")
+        return Path(source), recipe_of(Path(source))
+    folder = to or Path("runs") / Path(source).stem
+    if resume:
+        recipe_of(folder)
+    return folder, read(source, changes)
 
 
 def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[str, Any]], **more: Any) -> None:

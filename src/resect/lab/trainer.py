@@ -98,6 +98,7 @@ def train(
         make_whole(session, say)
         if accelerator.is_main_process:
             more = asdict(session.pace) | {"device": str(accelerator.device), "torch": torch.__version__}
+            more["classes"] = list(data.classes)
             runs.finish(folder, recipe, model, session.history, **more)
     return TrainResult(model, session.history, session.method if recipe.method else None, folder)
 
@@ -110,6 +111,7 @@ def make_whole(session: Session, say: pace.Say) -> None:
         with session.autocast():
             resect.recalibrate(session.model, itertools.islice(session.source, batches))
             session.history[-1]["test_error"] = error_on(session.model, session.source.test())
+        say(f"Batch statistics of the full net renewed: test error {session.history[-1]['test_error']:.2f} %.")
 
 
 def run_epochs(session: Session, folder: Path, stopped: Callable[[], bool], progress: Tell | None) -> None:

@@ -61,6 +61,8 @@ class AdaptiveLR(LRScheduler):
         restart: Mapping[int, float] = RESTART,
         growth: float = 1.0,
     ) -> None:
+        if not hasattr(method, "muted_average"):
+            raise InputError(f"AdaptiveLR(optimizer, method) follows an EpsilonGate, not a {type(method).__name__}.")
         for name, table in (("schedule", schedule), ("restart", restart)):
             if 0 not in table or min(table) < 0:
                 raise InputError(f"{name} must give a factor from epoch 0 on, and has epochs {sorted(table)}.")

@@ -109,6 +109,8 @@ class EpsilonGate(Method):
             problems += [] if value is None else count_problems(**{name: (value, 1)})
         if skip_muted_after is None and (settle_after is not None or recheck_every):
             problems.append("settle_after and recheck_every need skip_muted_after: it says which blocks are closed")
+        if side_at is not None and not side:
+            problems.append("side_at names the place of side supervision: it needs a weight, side=0.1")
         check_all(problems, self.name)
         check_ends(self.blocks, self.name)
         self.schedule, self.units = as_schedule(epsilon), units
@@ -185,6 +187,10 @@ class EpsilonGate(Method):
         assert self._gates is not None
         self._rechecking = bool(self.recheck_every and self.steps and self.steps % self.recheck_every == 0)
         self._skip(self._gates)
+
+    def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._side is not None:
+            self._side.check()
 
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return the side supervision's loss times its weight; ``target``: the labels (N,) of the batch."""

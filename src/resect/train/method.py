@@ -50,6 +50,10 @@ class Method:
         """Return the method's name, for messages."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        return f"<{self.name} on {len(self.blocks)} blocks, {self.steps} steps, {state}>"
+
     @property
     def attached(self) -> bool:
         """Whether the method acts on the model now."""

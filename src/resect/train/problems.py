@@ -45,5 +45,10 @@ def check_ends(blocks: Blocks, name: str) -> None:
     if unusable:
         raise InputError(
             f"{name} cannot act on {unusable[0].name!r} ({unusable[0].reason}); {len(unusable)} of {len(blocks)} "
-            "blocks are so. Leave them out: blocks.select(b for b in blocks if b.scalable)."
+            "blocks are so. "
+            + (
+                "Leave them out: blocks.select(b for b in blocks if b.scalable)."
+                if len(unusable) < len(blocks)
+                else 'Such blocks can only be closed: StochasticDepth(per="batch", scaling="none") does no more.'
+            )
         )

@@ -72,7 +72,7 @@ class Progressive:
 
 def as_schedule(value: float | Schedule) -> Schedule:
     """Return ``value`` as a schedule: itself, or the constant."""
-    return value if callable(value) else Constant(float(value))
+    return value if callable(value) else Constant(value)
 
 
 def drop_probs(drop_prob: float, rule: Rule, count: int) -> list[float]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import device_of
 from resect.blocks.modes import kept_modes
-from resect.errors import InputError
+from resect.errors import AttachError, InputError
 from resect.train.draws import generator
 from resect.train.hooks import Hook
 from resect.train.method import is_recomputing
@@ -78,6 +78,14 @@ class SideSupervision:
         undo.callback(self._forget)
         for parameter in self.head.parameters():
             undo.callback(parameter.register_post_accumulate_grad_hook(average_over_ranks).remove)
+
+    def check(self) -> None:
+        """Raise ``AttachError`` if the latest forward pass in train mode went without its loss."""
+        if self._stream is not None:
+            raise AttachError(
+                "Side supervision: extra_loss(y) was not called in this step, so the side head learns nothing. Write "
+                "loss = loss_fn(model(x), y) + method.extra_loss(y)."
+            )
 
     def loss(self, target: Any) -> Tensor:
         """Return the cross entropy of the head on the latest forward pass in train mode; ``target``: int64 (N,)."""

@@ -150,10 +150,15 @@ def _choose(what: str, given: str | None, features: Any, tests: Iterable[Callabl
 
 
 def _local(load: Callable[[], Any], place: str) -> Splits:
+    import datasets
+
+    datasets.disable_progress_bars()  # reading local files takes a moment: a bar would only run over ours
     try:
         return dict(load())
     except Exception as error:  # of datasets, pyarrow, fsspec and the system
         raise FileError(f"{place} cannot be read as a table of images ({said(error)}).") from error
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _existing(path: str) -> Path:
