@@ -20,7 +20,7 @@ demo-full: $(VENV)/.lab
 	$(VENV)/bin/resect demo --full --out resect-demo-full
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-floor: $(FLOOR)/.core
 	$(FLOOR)/bin/python -m pytest -m core tests/blocks tests/train tests/analyse tests/shrink

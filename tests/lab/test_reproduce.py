@@ -41,18 +41,18 @@ def test_every_method_and_seed_once_then_nothing_more(tmp_path):
 def test_the_table_pairs_by_seed():
     errors = {"plain": [10.0, 12.0, 14.0], "stochastic depth": [9.0, 11.0, 10.0], "ε-ResNet": [11.0]}
     rows = [
-        {"method": name, "seed": seed, "error": error, "seconds": 100.0 if name == "plain" else 75.0}
+        {"method": name, "seed": seed, "error": error, "images_per_second": 300.0 + seed}
         for name, values in errors.items()
         for seed, error in enumerate(values)
     ]
     lines = reproduce.table(rows).splitlines()
-    assert lines[2] == "| plain | 10.00, 12.00, 14.00 | 12.00 ± 2.00 |  | 1.00 |"
+    assert lines[2] == "| plain | 10.00, 12.00, 14.00 | 12.00 ± 2.00 |  | 302 |"
     mean, low, high = -2.0, *resect.analyse.lesion.interval([-1.0, -1.0, -4.0])
     assert (
         lines[3]
-        == f"| stochastic depth | 9.00, 11.00, 10.00 | 10.00 ± 1.00 | {mean:+.2f} ({low:+.2f} … {high:+.2f}) | 0.75 |"
+        == f"| stochastic depth | 9.00, 11.00, 10.00 | 10.00 ± 1.00 | {mean:+.2f} ({low:+.2f} … {high:+.2f}) | 302 |"
     )
-    assert lines[4] == "| ε-ResNet | 11.00 | 11.00 | +1.00 | 0.75 |"
+    assert lines[4] == "| ε-ResNet | 11.00 | 11.00 | +1.00 | 300 |"
 
 
 def test_the_recipe_is_the_same_but_for_method_and_seed():

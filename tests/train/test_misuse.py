@@ -163,6 +163,12 @@ def test_frozen_buffers_stand_still_when_they_are_other_objects():
     assert norm.running_mean is mean
     assert not mean.any()
     assert int(norm.num_batches_tracked) == 0
+    freeze = Freeze([], [norm])
+    norm(torch.randn(4, 2))
+    norm.double()  # cast in the middle of a step
+    freeze.release()
+    assert norm.running_mean.dtype == torch.float64
+    assert not norm.running_mean.any()
 
     net, x, blocks = chain()
     with resect.ResidualDroppath(net, blocks, drop_prob=1.0, rule=[0, 0, 1, 0, 0, 0, 0]) as method:

@@ -270,6 +270,16 @@ def test_a_models_own_drop_path_is_refused_or_replaced_never_both():
     assert all(block.drop.drop_prob == 0.25 for block in net)
 
 
+def test_layer_drop_in_a_models_configuration_counts_as_its_own():
+    net, _, blocks = chain()
+    net.config = type("Config", (), {"layerdrop": 0.1})()
+    with pytest.raises(AttachError, match=r"1 places, for instance config.layerdrop = 0.1"):
+        resect.EffectivePaths(net, blocks, keep=2).attach()
+    with resect.EffectivePaths(net, blocks, keep=2, own_drop="replace"):
+        assert net.config.layerdrop == 0.0
+    assert net.config.layerdrop == 0.1
+
+
 def test_two_methods_on_one_block_and_attaching_twice_are_refused():
     net, _, blocks = chain()
     method = resect.StochasticDepth(net, blocks[:6])
