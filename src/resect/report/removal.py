@@ -11,6 +11,9 @@ from resect.report.lesions import interval
 from resect.report.schema import clean_rows
 from resect.report.theme import WIDTH
 
+LIMIT = 0.1
+"""How much more error counts as doing without a block."""
+
 
 def removal(rows: list[dict[str, Any]]) -> Any:
     """A curve per net: the mean over the draws of each number of removed blocks, and its 95 % interval."""
@@ -56,15 +59,18 @@ def removal(rows: list[dict[str, Any]]) -> Any:
         alt.Tooltip("draws:Q"),
     ]
     points = base.mark_point(filled=True, size=46, stroke="#ffffff", strokeWidth=1, opacity=1).encode(y=y, tooltip=tips)
-    lasting = max(
-        nets,
-        key=lambda net: max((row["removed"] for row in summary if row["net"] == net and row["error"] < 0.1), default=0),
-    )
-    longest = max((row["removed"] for row in summary if row["net"] == lasting and row["error"] < 0.1), default=0)
+    spared = {net: _spared([row for row in summary if row["net"] == net]) for net in nets}
+    lasting = max(nets, key=lambda net: spared[net])
+    title = f"Most blocks to spare: {lasting}, {spared[lasting]} removed for at most {100 * LIMIT:.0f} points more error"
+    if not spared[lasting]:
+        title = f"Every net loses more than {100 * LIMIT:.0f} points with its first blocks removed"
     return theme.finish(
         alt.layer(band, line, points, width=WIDTH, height=290),
-        f"Most blocks to spare: {lasting}, {longest} removed at less than 10 % error"
-        if longest
-        else "No net stays below 10 % error with blocks removed",
+        title,
         "Line: mean over random draws; band: 95 % interval of the mean. Nothing is retrained.",
     )
+
+
+def _spared(curve: list[dict[str, Any]]) -> int:
+    """The most blocks that can be removed for at most ``LIMIT`` more error than at the beginning of the curve."""
+    return max(row["removed"] for row in curve if row["error"] <= curve[0]["error"] + LIMIT)
