@@ -366,10 +366,15 @@ def test_copies_carry_no_hooks_and_can_be_detached(name):
             resect.remove(other, resect.find_blocks(other, x), "layers.3")
     consistent = resect.ResidualDroppath(net, blocks, **UNIFORM, data="same", consistency=1.0)
     with consistent:
-        other = pickle.loads(pickle.dumps(net))  # noqa: S301 - our own bytes
-        for _ in range(3):
-            other(x)
-        assert not consistent._compare.teachers
+        for batch in consistent.batches([x]):
+            consistent.begin_step()
+            assert consistent.kind == "drop"
+            for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):  # noqa: S301 - our own bytes
+                other(batch)
+            assert not consistent._compare.teachers
+            net(batch)
+            assert len(consistent._compare.teachers) == 1
+            break
     net, x, blocks = plain()
     with resect.ResidualDroppath(net, blocks, per="sample", **UNIFORM):
         pickle.dumps(net)
