@@ -61,7 +61,9 @@ def removal(rows: list[dict[str, Any]]) -> Any:
     points = base.mark_point(filled=True, size=46, stroke="#ffffff", strokeWidth=1, opacity=1).encode(y=y, tooltip=tips)
     spared = {net: _spared([row for row in summary if row["net"] == net]) for net in nets}
     lasting = max(nets, key=lambda net: spared[net])
-    title = f"Most blocks to spare: {lasting}, {spared[lasting]} removed for at most {100 * LIMIT:.0f} points more error"
+    title = (
+        f"Most blocks to spare: {lasting}, {spared[lasting]} removed for at most {100 * LIMIT:.0f} points more error"
+    )
     if not spared[lasting]:
         title = f"Every net loses more than {100 * LIMIT:.0f} points with its first blocks removed"
     return theme.finish(
