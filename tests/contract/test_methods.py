@@ -218,7 +218,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", FREEZING)
 def test_a_block_that_does_not_learn_stands_still_bit_for_bit(method, optimizer, family):
-    from resect.train.freeze import own_buffers, own_parameters
+    from resect.train.freeze import branch_modules, own_parameters
 
     model, x, blocks, level = setup(family)
     optimizer = OPTIMIZERS[optimizer](model)
@@ -226,7 +226,10 @@ def test_a_block_that_does_not_learn_stands_still_bit_for_bit(method, optimizer,
     still = 0
     with METHODS[method](model, blocks, optimizer, level) as attached:
         for number in range(4):
-            parts = [(own_parameters(model, block), own_buffers(model, block)) for block in blocks]
+            parts = [
+                (own_parameters(model, b), [x for m in branch_modules(model, b) for x in m.buffers(False)])
+                for b in blocks
+            ]
             before = [[value.detach().clone() for value in (*weights, *buffers)] for weights, buffers in parts]
             states = [copy.deepcopy([optimizer.state.get(p, {}) for p in weights]) for weights, _ in parts]
             attached.begin_step()

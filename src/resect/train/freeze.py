@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.intercept import Gate
@@ -110,11 +110,6 @@ def _is_raw(block: ResidualBlock, modules: dict[str, nn.Module], module: nn.Modu
 def branch_modules(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
     """Return all modules of the block's branch."""
     return list({id(m): m for name in block.modules for m in model.get_submodule(name).modules()}.values())
-
-
-def own_buffers(model: nn.Module, block: ResidualBlock) -> list[Tensor]:
-    """Return the buffers of the block's branch modules."""
-    return [buffer for module in branch_modules(model, block) for buffer in module.buffers(recurse=False)]
 
 
 class Parts:

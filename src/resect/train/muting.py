@@ -29,12 +29,12 @@ def epsilon_gate(branch: Tensor, epsilon: float) -> Tensor:
     """
     if epsilon == 0:
         return branch
-    return torch.where(is_muted(branch, epsilon), torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+    return zero_where(largest_response(branch) <= epsilon, branch)
 
 
-def is_muted(branch: Tensor, epsilon: float) -> Tensor:
-    """Return whether ``max|branch| <= epsilon``, as a boolean tensor () on the branch's device."""
-    return largest_response(branch) <= epsilon
+def zero_where(muted: Tensor, branch: Tensor) -> Tensor:
+    """Return ``branch``, or zeros of its shape where ``muted``, a boolean tensor (); gradients likewise."""
+    return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
 
 
 class Muting:
@@ -62,7 +62,7 @@ class Muting:
             self.note(self.place, muted, response)
         if not self.epsilon:  # no gate at all, gradients of an all-zero branch included
             return branch
-        return torch.where(muted, torch.zeros((), dtype=branch.dtype, device=branch.device), branch)
+        return zero_where(muted, branch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"note": None, "place": self.place, "epsilon": self.epsilon}
