@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 
@@ -10,8 +11,9 @@ import torch
 from families import COUNTS, FAMILIES, family_params
 
 import resect
-from resect.blocks.intercept import PORT, Intercepted
-from resect.blocks.trace import is_addition
+from resect.blocks.intercept import Intercepted
+from resect.blocks.state import PORT
+from resect.blocks.trace import is_sum
 from resect.blocks.verify import Oracle
 
 every_family = pytest.mark.parametrize("family", family_params())
@@ -21,12 +23,14 @@ class SumRecorder(torch.utils._python_dispatch.TorchDispatchMode):
     """Records the shape of both operands of every addition: an oracle that knows nothing of modules."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if is_addition(func, args, kwargs or {}):
-            self.sums.append((args[0].clone(), args[1].clone()))
+        name = func._schema.name
+        if is_sum(func, args, kwargs or {}):
+            self.sums.append((name, self.counts[name], (args[0].clone(), args[1].clone())))
+        self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
     def __enter__(self):
-        self.sums = []
+        self.sums, self.counts = [], collections.Counter()
         return super().__enter__()
 
 
@@ -38,14 +42,14 @@ def built(family):
 def place_of_branch(model, x, block):
     """Find the addition and operand of a block by what its end module returned."""
     caught = []
-    handle = model.get_submodule(block.end).register_forward_hook(lambda m, a, out: caught.append(copy.deepcopy(out)))
+    handle = model.get_submodule(block.modules[block.end]).register_forward_hook(lambda m, a, out: caught.append(copy.deepcopy(out)))
     with torch.no_grad(), SumRecorder() as recorder:
         model(x)
     handle.remove()
-    value = caught[0] if block.end_leaf is None else caught[0][block.end_leaf]
+    value = caught[0] if block.end_leaf is None else caught[0][block.end_leaf[0]]
     found = [
-        (number, operand)
-        for number, operands in enumerate(recorder.sums)
+        (name, number, operand)
+        for name, number, operands in recorder.sums
         for operand in (0, 1)
         if operands[operand].shape == value.shape and torch.equal(operands[operand], value)
     ]

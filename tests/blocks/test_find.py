@@ -11,7 +11,6 @@ from torch import nn
 
 import resect
 from resect.blocks import verify
-from resect.blocks.branch import Candidate
 from resect.blocks.example import Example
 from resect.blocks.trace import quiet
 from resect.errors import InputError
@@ -101,16 +100,14 @@ def test_what_is_and_is_not_a_residual_block(build, count):
 
 
 def refusals():
-    shared = Branch(4)
     return {
-        "shared": (OneBlock(lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), f=shared), "shared"),
         "used elsewhere": (
             OneBlock(lambda m, x: (lambda y: torch.cat([x + y, y], 1))(m.f(x)), f=nn.Linear(4, 4)),
             "also used outside",
         ),
-        "no module": (
-            OneBlock(lambda m, x: x + torch.relu(x @ m.w.weight), w=nn.Linear(4, 4)),
-            "no module of its own",
+        "a parameter used outside too": (
+            OneBlock(lambda m, x: m.w.weight.sum() * x + torch.relu(x @ m.w.weight), w=nn.Linear(4, 4)),
+            "",
         ),
         "control flow": (
             OneBlock(lambda m, x: x + m.g(m.f(x) * (m.f.out_features if m.f(x).sum() > -1e9 else 0)),
@@ -129,26 +126,90 @@ def test_what_cannot_be_controlled_is_refused_with_its_reason(case):
     assert reason in blocks.refused[0].reason
 
 
-def test_operations_after_the_last_module_leave_closing_and_refuse_scaling():
-    net = OneBlock(lambda m, x: x + torch.tanh(m.f(x)), f=nn.Linear(4, 4))
-    x = torch.randn(3, 4)
-    (block,) = resect.find_blocks(net, x)
-    assert not block.scalable
-    assert "outside any module" in block.reason
-    with torch.no_grad(), resect.closed(net, [block]):
-        assert torch.equal(net(x), x)
-    with pytest.raises(resect.ResectError, match="It can be closed"), resect.gates(net, [block]) as g:
-        g[0].scale(0.5)
+def after_the_last_module():
+    return {
+        "a function": (OneBlock(lambda m, x: x + torch.tanh(m.f(x)), f=nn.Linear(4, 4)), lambda m, x, g: x + g(torch.tanh(m.f(x)))),
+        "an addition": (
+            OneBlock(lambda m, x: x + torch.relu(m.f(x) + 0.5 * x), f=nn.Linear(4, 4)),
+            lambda m, x, g: x + g(torch.relu(m.f(x) + 0.5 * x)),
+        ),
+        "a difference": (OneBlock(lambda m, x: x + 0.5 * (m.f(x) - x), f=nn.Linear(4, 4)), lambda m, x, g: x + g(0.5 * (m.f(x) - x))),
+        "subtracted": (OneBlock(lambda m, x: x - m.f(x), f=nn.Linear(4, 4)), lambda m, x, g: x - g(m.f(x))),
+        "subtracted in place": (OneBlock(lambda m, x: (x * 1.0).sub_(m.f(x).tanh()), f=nn.Linear(4, 4)), lambda m, x, g: x - g(m.f(x).tanh())),
+        "highway": (
+            OneBlock(lambda m, x: (lambda t: t * m.f(x) + (1 - t) * x)(torch.sigmoid(m.t(x))), f=nn.Linear(4, 4), t=nn.Linear(4, 4)),
+            lambda m, x, g: (lambda t: g(t * m.f(x)) + (1 - t) * x)(torch.sigmoid(m.t(x))),
+        ),
+        "weights alone": (OneBlock(lambda m, x: x + torch.relu(nn.functional.linear(x, m.w.weight, m.w.bias)), w=nn.Linear(4, 4)),
+                          lambda m, x, g: x + g(torch.relu(m.w(x)))),
+        "weights and bias added": (OneBlock(lambda m, x: x + (x @ m.w.weight + m.w.bias), w=nn.Linear(4, 4)),
+                                   lambda m, x, g: x + g(x @ m.w.weight + m.w.bias)),
+        "shapes asked": (OneBlock(lambda m, x: x + m.f(x).reshape(m.f(x).shape[0], 2, -1).flatten(1), f=nn.Linear(4, 4)),
+                         lambda m, x, g: x + g(m.f(x))),
+        "unpacked": (OneBlock(lambda m, x: x + (lambda a, b: m.o(a * b.sigmoid()))(*m.f(x).chunk(2, -1)), f=nn.Linear(4, 8), o=nn.Linear(4, 4)),
+                     lambda m, x, g: x + g(m.o(m.f(x)[:, :4] * m.f(x)[:, 4:].sigmoid()))),
+        "a dict": (OneBlock(lambda m, x: x + m.f(x)["out"], f=OneBlock(lambda m, x: {"out": m.g(x), "n": 3}, g=nn.Linear(4, 4))),
+                   lambda m, x, g: x + g(m.f.g(x))),
+        "y.add_(x)": (OneBlock(dropped_result, f=nn.Linear(4, 4)), lambda m, x, g: g(m.f(x)) + x),
+        "part of the channels": (
+            OneBlock(lambda m, x: (lambda y: torch.cat([y[:, :4] + x, y[:, 4:]], 1))(m.f(x)), f=nn.Linear(4, 6)),
+            lambda m, x, g: (lambda y: torch.cat([y[:, :4] + x, y[:, 4:]], 1))(g(m.f(x))),
+        ),
+    }  # fmt: skip
 
 
-def test_additions_inside_the_branch_after_its_last_module_are_swallowed_with_it():
-    net = OneBlock(lambda m, x: x + torch.relu(m.f(x) + 0.5 * x), f=nn.Linear(4, 4))
+def dropped_result(net, x):
+    y = net.f(x)
+    y.add_(x)
+    return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", after_the_last_module())
+def test_a_branch_in_any_form_is_closed_scaled_and_removed(form):
+    torch.manual_seed(0)
+    net, formula = after_the_last_module()[form]
     x = torch.randn(3, 4)
-    (block,) = resect.find_blocks(net, x)
-    assert block.inner_adds == 1
-    with torch.no_grad(), resect.closed(net, [block]):
-        assert torch.equal(net(x), x)
-    assert torch.equal(resect.remove(net, resect.find_blocks(net, x), block.name)(x), x)
+    before = x.clone()
+    blocks = resect.find_blocks(net, x)
+    assert not blocks.refused
+    (block,) = blocks
+    whole, expected = formula(net, before, lambda f: f), formula(net, before, torch.zeros_like)
+    quarter = formula(net, before, lambda f: f * 0.25)
+    with resect.gates(net, blocks) as g:
+        assert torch.equal(net(x), whole)
+        g[0].close()
+        assert torch.equal(net(x), expected)
+        if block.scalable:
+            g[0].scale(0.25)
+            assert torch.equal(net(x), quarter)
+    assert block.scalable or form == "shapes asked"  # its module runs twice
+    assert torch.equal(x, before)
+    small = resect.remove(net, blocks, block.name)
+    assert torch.equal(small(x), expected)
+    assert torch.equal(small(torch.cat([x, x])), torch.cat([expected, expected]))
+
+
+def test_a_shared_module_is_a_block_at_each_of_its_calls():
+    torch.manual_seed(0)
+    branch = Branch(4)
+    net = OneBlock(lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), f=branch)
+    x = torch.randn(3, 4)
+    blocks = resect.find_blocks(net, x)
+    assert blocks.names == ["f", "f@1"]
+    assert [block.calls for block in blocks] == [(0,), (1,)]
+    with torch.no_grad(), resect.gates(net, blocks) as g:
+        for first, second in ((1, 1), (0, 1), (1, 0), (0, 0), (1, 1)):
+            g[0].scale(0.5) if first else g[0].close()
+            g[1].open() if second else g[1].close()
+            y = x + 0.5 * branch(x) if first else x
+            count = len(branch.__dict__)
+            assert torch.allclose(net(x), y + nn.Module.__call__(branch, y) if second else y)
+            assert len(branch.__dict__) == count
+    small = resect.remove(net, blocks, "f@1")
+    with torch.no_grad():
+        assert torch.equal(small(x), x + branch(x))
+    assert list(small.state_dict()) == list(net.state_dict())
 
 
 def test_a_wrong_choice_of_modules_is_caught_by_the_oracle():
@@ -156,13 +217,13 @@ def test_a_wrong_choice_of_modules_is_caught_by_the_oracle():
     torch.manual_seed(0)
     net, x = Net((False, False, False)), Example.of(torch.randn(2, 5))
     blocks = resect.find_blocks(net, x)
-    right = [Candidate(block, number, 1) for number, block in enumerate(blocks)]
-    wrong = Candidate(replace(blocks[0], modules=blocks[1].modules, end=blocks[1].end), right[0].addition, 1)
+    right = list(blocks)
+    wrong = replace(blocks[0], modules=blocks[1].modules)
     with quiet(net):
         good, bad = verify.verify(net, x, right)
         assert (len(good), bad) == (3, [])
         good, bad = verify.verify(net, x, [wrong, right[2]])
-    assert [block.name for block in good] == [right[2].block.name]
+    assert [block.name for block in good] == [right[2].name]
     assert "without it" in bad[0].reason
 
 
@@ -171,10 +232,10 @@ def test_a_wrong_branch_end_is_caught_by_the_oracle():
     x = torch.randn(3, 4)
     (block,) = resect.find_blocks(net, x)
     with quiet(net):
-        good, bad = verify.verify(net, Example.of(x), [Candidate(replace(block, end="f"), 0, 1)])
+        good, bad = verify.verify(net, Example.of(x), [replace(block, exact=True)])
     assert not bad
-    assert not good[0].scalable
-    assert "not the branch end" in good[0].reason
+    assert good[0].scalable
+    assert not good[0].exact, "it is not the branch end; the gate acts at the addition"
 
 
 def test_the_example_may_be_a_tuple_a_mapping_or_an_example():
@@ -212,9 +273,13 @@ def test_values_are_compared_nan_by_nan():
     assert not verify.compare(nan, nan.clone())
 
 
+def or_ones(value, x):
+    return value if isinstance(value, torch.Tensor) else torch.ones_like(x)
+
+
 def test_a_zero_initialised_head_hides_nothing():
-    """Closing this block leaves the 1 behind, which only shows before the head."""
-    net = OneBlock(lambda m, x: m.h(x + (m.f(x) + 1.0)), f=nn.Linear(4, 4), h=nn.Linear(4, 4))
+    """Closing this block leaves ones behind, which only shows before the head."""
+    net = OneBlock(lambda m, x: m.h(x + or_ones(m.f(x), x)), f=nn.Linear(4, 4), h=nn.Linear(4, 4))
     nn.init.zeros_(net.h.weight)
     assert not resect.find_blocks(net, torch.randn(3, 4))
 
@@ -227,7 +292,7 @@ def test_an_output_kept_in_a_buffer_of_the_models_own_is_not_mistaken_for_a_resu
             self.register_buffer("last", torch.zeros(3, 4))
 
         def forward(self, x):
-            return self.last.copy_(x + (self.f(x) + 1.0))
+            return self.last.copy_(x + or_ones(self.f(x), x))
 
     assert not resect.find_blocks(Buffered(), torch.randn(3, 4))
 

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, family_params
 
 import resect
-from resect.blocks.intercept import PORT
+from resect.blocks.state import PORT
 
 # name -> method on (model, blocks, optimizer, level), set so that it acts: about half of the blocks are muted or drawn.
 METHODS = {

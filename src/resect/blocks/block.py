@@ -18,36 +18,57 @@ class ResidualBlock:
     """One shortcut, one branch and their addition.
 
     Strings and numbers only. ``modules`` are the branch's largest module calls, in call order: what is
-    intercepted, and what goes when the block is removed.
+    intercepted, and what goes when the block is removed. A branch of functions on raw parameters has none:
+    there, the ``entries`` are intercepted.
     """
 
     name: str
-    """``<owner>/<branch module with most parameters>``: ``layer3.4/conv1``, ``blocks.5/attn``."""
+    """``<owner>/<branch module with most parameters>``: ``layer3.4/conv1``, ``blocks.5/attn``; ``…@2``: its third call."""
     owner: str
     """The innermost module that holds both the branch and the addition."""
     index: int
     """Place in the order of execution, from 0."""
     shortcut: Shortcut
-    """``identity``, ``projection`` (has weights) or ``reshape`` (pools, pads or slices)."""
+    """``identity``, ``projection`` (has weights) or ``reshape`` (pools, pads, slices or weighs)."""
     part: str
     """``attention``, ``mlp`` or ``conv``: what the branch mostly is."""
     modules: tuple[str, ...]
-    end: str | None
-    """The module whose output is the branch end, where gates act; None: the block can only be closed."""
+    calls: tuple[int | None, ...]
+    """Per module: which of its calls is the branch's, where it also runs elsewhere; None: all of them."""
     templates: tuple[Any, ...]
     """Per module, the shape of its output: ``"absent"`` for a tensor, lists and None around it."""
-    end_leaf: int | None
-    """Where the branch end sits in a tuple that ``end`` returns; None: ``end`` returns the tensor itself."""
+    raw_parameters: tuple[str, ...]
+    """Parameters that the branch uses outside its modules (a raw layer scale)."""
+    entries: tuple[str, ...]
+    """Those of them that no value of a branch module ever meets: they are absent while the block is closed."""
+    pending: tuple[int, ...]
+    """Per module, then per raw parameter: additions on the way from there to the block's own."""
+    end: int | None
+    """Place, in modules then raw parameters, of what gates act on; None: the block can only be closed."""
+    end_leaf: tuple[int | str, ...] | None
+    """Where that value sits in a container the module returns; None: it returns the tensor itself."""
+    exact: bool
+    """Whether that value is the branch end; if functions follow, gates act at the addition instead."""
+    owner_call: int | None
+    """Which of the owner's calls, where it runs more than once and its raw parameters are intercepted."""
+    counted_in: str | None
+    """The module during whose call the numbered calls are counted; None: there are none."""
     sum: int
     """Number of the addition; parallel branches of one sum share it."""
+    places: tuple[tuple[str, int, int], ...]
+    """Where the branch's value enters the sum: operation, how many of its name ran before, operand."""
     clone: bool
     """The sum is later written in place, so a shortcut that passes alone is cloned."""
-    inner_adds: int
-    """Additions between the last module and the block's own addition (0 nearly always)."""
-    raw_parameters: tuple[str, ...]
-    """Parameters that the branch uses outside its modules (a raw layer scale); they go with it."""
+    unwrap: bool
+    """The sum is written into the branch's own value, which the owner may return."""
+    zeros: bool
+    """Part of the branch's value goes on beside the sum (a concatenation): zeros while it is closed."""
+    shape: tuple[int, ...]
+    """Shape of the sum, on the example."""
     parameters: int
     """Number of weights that only this branch uses."""
+    flops: int
+    """Floating-point operations of the branch on the example (two per multiply-add)."""
     reason: str = ""
     """Why the block cannot be scaled, where it cannot."""
 
@@ -68,8 +89,10 @@ class ResidualBlock:
             wrong = sorted(set(data) ^ names)
             raise InputError(f"This is not a residual block written by this version: fields {wrong} differ.")
         values = dict(data)
-        for key in ("modules", "templates", "raw_parameters"):
-            values[key] = tuple(values[key])
+        for key, value in values.items():
+            if isinstance(value, list):
+                values[key] = tuple(value)
+        values["places"] = tuple((op, int(number), int(operand)) for op, number, operand in values["places"])
         return cls(**values)
 
 

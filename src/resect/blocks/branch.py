@@ -2,103 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from resect.blocks.block import Refusal, ResidualBlock
 from resect.blocks.graph import Graph
-from resect.blocks.sums import Term, drop_nested
+from resect.blocks.naming import innermost, part_of, unique
+from resect.blocks.sums import Term, drop_nested, views_back
 from resect.blocks.trace import Call
 
-_VIEWS = frozenset(
-    "aten::" + op
-    for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
-               "clone", "contiguous", "alias", "detach", "flatten",  "select")
-)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A block together with where the oracle finds it: addition number and operand."""
-
-    block: ResidualBlock
-    addition: int
-    operand: int
-
-
-def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[Candidate], list[Refusal]]:
+def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[ResidualBlock], list[Refusal]]:
     """Turn branches into blocks; what cannot be controlled is refused with its reason."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    found: list[Candidate] = []
+    found: list[ResidualBlock] = []
     refused: list[Refusal] = []
     for term in drop_nested(graph, [term for term in terms if graph.parameters(term.nodes) or not term.nodes], sizes):
-        where = _call_of(graph, term)
         try:
-            found.append(_candidate(graph, term, sizes, len(found)))
-        except _Refused as refusal:
+            found.append(block_of(graph, term, sizes, len(found)))
+        except Refused as refusal:
+            where = graph.trace.calls[graph.nodes[term.sum].call].name if graph.nodes[term.sum].call >= 0 else ""
             refused.append(Refusal(where or type(model).__name__, str(refusal)))
-    return _unique(found), refused
+    return unique(found), refused
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Why a residual addition is not offered as a block."""
 
 
-def _call_of(graph: Graph, term: Term) -> str:
-    return graph.trace.calls[graph.nodes[term.addition].call].name if graph.nodes[term.addition].call >= 0 else ""
-
-
-def _candidate(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Candidate:
+def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> ResidualBlock:
+    """Describe one branch; raises ``Refused`` with the reason why it cannot be controlled."""
     if not term.nodes:
-        raise _Refused("the branch's value is also used outside the addition")
+        raise Refused("the branch's value is also used outside the addition")
     calls = _branch_calls(graph, term.nodes)
-    weights = [call for call in calls if any(True for _ in call.module.parameters())]
-    if not weights:
-        raise _Refused("the branch has no module of its own (only functions on raw parameters)")
     for call in calls:
         if isinstance(call.output, TypeError):
-            raise _Refused(f"{call.output}, from {call.name!r}")
-    used = graph.parameters(term.nodes)
+            raise Refused(f"{call.output}, from {call.name!r}")
     inside = tuple(f"{call.name}." for call in calls)
+    used = graph.parameters(term.nodes)
     raw = tuple(sorted(name for name in used if not name.startswith(inside)))
-    own = (*raw, *(name for name in sizes if name.startswith(inside)))
-    shared = [name for name in own if graph.parameters_users(name) - term.nodes]
-    if shared:
-        raise _Refused(f"parameter {shared[0]!r} is also used outside the branch")
-    modules = list({call.name: call for call in calls}.values())
-    owner = _owner(graph, term, calls)
-    if isinstance(_module(graph, owner), nn.TransformerEncoderLayer):
-        raise _Refused(
-            "nn.TransformerEncoderLayer's inference fast path bypasses its children; "
-            "write the layer out, or use a model whose layers call their parts"
-        )
-    end, leaf, reason = _end(graph, term, calls)
-    heaviest = max(weights, key=lambda call: sum(p.numel() for p in call.module.parameters()))
-    name = f"{owner}/{heaviest.name.removeprefix(owner + '.')}" if owner else heaviest.name
-    addition = graph.nodes[term.addition]
+    entries = _entries(graph, term, calls, raw)
+    if not calls and not entries:
+        raise Refused("the branch has neither modules nor parameters of its own")
+    owner = innermost(graph, [graph.nodes[term.sum].call, *(call.parent for call in calls)])
+    name_of_owner = owner.name if owner else ""
+    _check_entries(graph, term, entries, owner)
+    numbers, scope, owner_call = _numbers(graph, term, calls, owner if entries else None)
+    ahead = graph.additions_to(term.nodes, [node for node, _ in term.exits])
+    pending = (
+        *(max((graph.sums_after(leaf, term.nodes, ahead) for leaf in call.outputs), default=0) for call in calls),
+        *(_pending_of(graph, term, ahead, name) for name in raw),
+    )
+    own = [name for name in sizes if name in raw or name.startswith(inside)]
+    own = [name for name in own if not graph.parameters_users(name) - term.nodes]
+    end, leaf, exact, reason = _end(graph, term, calls, raw, entries)
+    weights = [call for call in calls if any(True for _ in call.module.parameters())]
     block = ResidualBlock(
-        name=name,
-        owner=owner,
+        name=_name(name_of_owner, weights or calls),
+        owner=name_of_owner,
         index=index,
         shortcut=term.shortcut,
-        part=_part(weights),
-        modules=tuple(call.name for call in modules),
-        end=end,
-        templates=tuple(call.output for call in modules),
-        end_leaf=leaf,
-        sum=term.sum,
-        clone=graph.nodes[term.sum].written_later,
-        inner_adds=_inner_adds(graph, term, calls),
+        part=part_of([call.module for call in weights], [call.name for call in weights]),
+        modules=tuple(call.name for call in calls),
+        calls=numbers,
+        templates=tuple(call.output for call in calls),
         raw_parameters=raw,
-        parameters=sum(sizes[name] for name in sizes if name in raw or name.startswith(inside)),
+        entries=entries,
+        pending=pending,
+        end=end,
+        end_leaf=leaf,
+        exact=exact,
+        owner_call=owner_call,
+        counted_in=scope,
+        sum=term.sum,
+        places=tuple((graph.nodes[node].op, graph.nodes[node].number, operand) for node, operand in term.exits),
+        clone=graph.nodes[term.sum].written_later,
+        unwrap=_is_written_into(graph, term),
+        zeros=term.zeros,
+        shape=graph.nodes[term.sum].shape,
+        parameters=sum(sizes[name] for name in own),
+        flops=sum(graph.nodes[node].flops for node in term.nodes),
         reason=reason,
     )
-    return Candidate(block, addition.number, term.operand)
+    return block
+
+
+def _name(owner: str, calls: list[Call]) -> str:
+    if not calls:
+        return f"{owner}/+"
+    heaviest = max(calls, key=lambda call: sum(p.numel() for p in call.module.parameters()))
+    return f"{owner}/{heaviest.name.removeprefix(owner + '.')}" if owner else heaviest.name
 
 
 def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
-    """Return the largest module calls that lie wholly inside a branch, in order."""
+    """Return the largest module calls that lie wholly inside a branch, in order, each module's once where possible."""
     calls = graph.trace.calls
     own = {call.index: _all_nodes(graph, call) for call in calls}
 
@@ -113,15 +112,37 @@ def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
 
     within = {call.index for call in calls if lies_inside(call)}
     largest = [calls[index] for index in sorted(within) if calls[index].parent not in within]
-    return [call for call in largest if not _serves_others_too(graph, call, within)]
+    kept: list[Call] = []
+    for call in largest:
+        others = [other for other in calls if other.module is call.module and other.index not in within]
+        # Without weights it passes an Absent on; a module of this branch alone is intercepted at every call.
+        if others and not any(True for _ in call.module.parameters()):
+            continue
+        if others or all(earlier.module is not call.module for earlier in kept):
+            kept.append(call)
+    return kept
 
 
-def _serves_others_too(graph: Graph, call: Call, within: set[int]) -> bool:
-    """Whether the module also runs outside the branch: fine without weights (it passes an Absent on)."""
-    others = [other for other in graph.trace.calls if other.module is call.module and other.index not in within]
-    if others and any(True for _ in call.module.parameters()):
-        raise _Refused(f"module {call.name!r} with its weights is also called outside the branch (shared)")
-    return bool(others)
+def _numbers(
+    graph: Graph, term: Term, calls: list[Call], owner: Call | None
+) -> tuple[tuple[int | None, ...], str | None, int | None]:
+    """Number the calls of modules that also run outside the branch: (per module, counted in, the owner's)."""
+    same: dict[int, list[Call]] = {}
+    for call in graph.trace.calls:
+        same.setdefault(id(call.module), []).append(call)
+    inside = {id(call.module) for call in calls}
+    shared = [
+        call for call in calls
+        if any(not set(_all_nodes(graph, other)) <= term.nodes for other in same[id(call.module)])
+    ]  # fmt: skip
+    if owner is not None and len(same[id(owner.module)]) > 1 and id(owner.module) not in inside:
+        shared.append(owner)
+    if not shared:
+        return (None,) * len(calls), None, None
+    around = innermost(graph, [other.parent for call in shared for other in same[id(call.module)]])
+    places = {call.index: same[id(call.module)].index(call) for call in shared}
+    owner_call = places.get(owner.index) if owner is not None else None
+    return tuple(places.get(call.index) for call in calls), around.name if around else "", owner_call
 
 
 def _all_nodes(graph: Graph, call: Call) -> list[int]:
@@ -131,84 +152,77 @@ def _all_nodes(graph: Graph, call: Call) -> list[int]:
     return nodes
 
 
-def _end(graph: Graph, term: Term, calls: list[Call]) -> tuple[str | None, int | None, str]:
-    """Find the module whose output is the branch end: (name, place in its output, why there is none)."""
-    last = term.term
-    while graph.nodes[last].op in _VIEWS and not any(last in call.outputs for call in calls):
-        last = graph.nodes[last].inputs[0]
+def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the raw parameters that no value from a branch module ever meets: the branch begins there too."""
+    made = {node for call in calls for node in (*call.outputs, *_all_nodes(graph, call))} & term.nodes
+
+    def meets(node: int) -> bool:
+        return node in made or any(graph.descends(node, other) for other in made)
+
+    return tuple(
+        name
+        for name in raw
+        if any(not meets(user) for user in graph.parameters_users(name) if user in term.nodes)
+    )
+
+
+def _check_entries(graph: Graph, term: Term, entries: tuple[str, ...], owner: Call | None) -> None:
+    """Raise if the owner uses a parameter that has to be absent for something else too."""
+    within = set(_all_nodes(graph, owner)) if owner is not None else {node.index for node in graph.nodes}
+    for name in entries:
+        if (graph.parameters_users(name) & within) - term.nodes:
+            raise Refused(f"parameter {name!r} is also used outside the branch, in the same call")
+
+
+def _pending_of(graph: Graph, term: Term, ahead: dict[int, int], name: str) -> int:
+    nodes = [node.index for node in graph.nodes if node.parameter == name]
+    return max((graph.sums_after(node, term.nodes, ahead) for node in nodes), default=0)
+
+
+def _end(
+    graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...], entries: tuple[str, ...]
+) -> tuple[int | None, tuple[Any, ...] | None, bool, str]:
+    """Find what gates act on: (place, place in its output, whether it is the branch end, why there is none)."""
+    outputs = {leaf for call in calls for leaf in call.outputs}
+    last = views_back(graph, term.term, outputs)
     ending = [call for call in calls if last in call.outputs]
+    exact = bool(ending)
+    if not exact:  # functions follow: take what was made last, and let it travel to the addition
+        ending = [call for call in calls if any(leaf in term.nodes for leaf in call.outputs)]
     if not ending:
-        return (
-            None,
-            None,
-            "operations outside any module lie between the branch's last module and the addition",
-        )
+        if entries:
+            return len(calls) + raw.index(entries[-1]), None, False, ""
+        return None, None, False, "no value of its modules reaches the addition"
     call = max(ending, key=lambda call: call.finished)
-    if sum(other.module is call.module for other in graph.trace.calls) > 1:
-        return None, None, f"the branch ends in {call.name!r}, which runs more than once"
+    if sum(other.module is call.module for other in graph.trace.calls) > 1 and not _is_numbered(graph, term, call):
+        return None, None, False, f"the branch ends in {call.name!r}, which runs more than once in it"
+    place = calls.index(call)
     if call.output == "absent":
-        return call.name, None, ""
-    leaf = _leaf(call, last)
-    if leaf is None:
-        return None, None, f"the output of {call.name!r} is nested too deeply"
-    return call.name, leaf, ""
+        return place, None, exact, ""
+    if not exact:
+        inside = [leaf for leaf in call.outputs if leaf in term.nodes]
+        last = inside[0]
+    found = _leaf(call, last)
+    if found is None:
+        return None, None, False, f"the output of {call.name!r} holds the same value twice"
+    return place, found, exact, ""
 
 
-def _leaf(call: Call, node: int) -> int | None:
-    """Return the place of the branch end in a tuple, when that is beyond doubt."""
-    absents = [place for place, item in enumerate(call.output[1:]) if item == "absent"]
-    nested = any(isinstance(item, list) for item in call.output[1:])
-    if nested or len(absents) != len(call.outputs):
-        return None
-    return absents[call.outputs.index(node)]
+def _is_numbered(graph: Graph, term: Term, call: Call) -> bool:
+    others = [other for other in graph.trace.calls if other.module is call.module]
+    return sum(set(_all_nodes(graph, other)) <= term.nodes for other in others) == 1
 
 
-def _inner_adds(graph: Graph, term: Term, calls: list[Call]) -> int:
-    """Count the additions between the branch's last module and the block's own addition."""
-    inside = {node for call in calls for node in _all_nodes(graph, call)}
-    last = max(inside)
-    return sum(node > last and bool(graph.nodes[node].operands) for node in term.nodes - inside)
+def _leaf(call: Call, node: int) -> tuple[Any, ...] | None:
+    """Return the path of the branch end in a module's output, when that is beyond doubt."""
+    found = [path for path, leaf in call.leaves if leaf == node]
+    return found[0] if len(found) == 1 else None
 
 
-def _owner(graph: Graph, term: Term, calls: list[Call]) -> str:
-    """Return the innermost module call that holds the addition and every module of the branch."""
-
-    def chain(index: int) -> list[int]:
-        above = []
-        while index >= 0:
-            above.append(index)
-            index = graph.trace.calls[index].parent
-        return above[::-1]
-
-    chains = [chain(graph.nodes[term.sum].call), *(chain(call.parent) for call in calls)]
-    common = [level[0] for level in zip(*chains, strict=False) if len(set(level)) == 1]
-    return graph.trace.calls[common[-1]].name if common else ""
+def _is_written_into(graph: Graph, term: Term) -> bool:
+    """Whether the sum is written into the branch's value by ``f.add_(x)``, whose result the model may drop."""
+    node, operand = term.exits[0]
+    found = graph.nodes[node]
+    return operand == 0 and found.op in ("aten::add_", "aten::sub_") and not found.function.startswith("__")
 
 
-def _module(graph: Graph, name: str) -> nn.Module | None:
-    return next((call.module for call in graph.trace.calls if call.name == name), None)
-
-
-def _part(weights: list[Call]) -> str:
-    """Return what a branch mostly is: attention, conv or mlp."""
-    inside = [(name, module) for call in weights for name, module in call.module.named_modules(prefix=call.name)]
-    words = [f"{name.rpartition('.')[2]} {type(module).__name__}".lower() for name, module in inside]
-    if any("attn" in word or "attention" in word for word in words):
-        return "attention"
-    if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for _, module in inside):
-        return "conv"
-    return "mlp"
-
-
-def _unique(found: list[Candidate]) -> list[Candidate]:
-    """Number equal names apart (``…@1``, ``…@2``), so that each block has one of its own."""
-    seen: dict[str, int] = {}
-    out = []
-    for candidate in found:
-        name = candidate.block.name
-        seen[name] = seen.get(name, -1) + 1
-        block = candidate.block
-        if seen[name]:
-            block = replace(block, name=f"{name}@{seen[name]}")
-        out.append(Candidate(block, candidate.addition, candidate.operand))
-    return out

@@ -10,8 +10,12 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from resect.blocks.block import Blocks, Key, ResidualBlock
-from resect.blocks.intercept import PORT, Gate, Mode, install, uninstall
+from resect.blocks.install import install, strip
+from resect.blocks.state import PORT, Gate, Mode
 from resect.errors import AttachError, BlocksError, InputError, check_all
+
+REMOVED = "removed"
+"""Holder of the gates that stand, for good, for removed blocks which share their modules."""
 
 Which: TypeAlias = "Blocks | Key | Iterable[Key]"
 
@@ -44,7 +48,7 @@ def resolve(model: nn.Module, which: Which) -> Blocks:
     missing = (
         f"{block.name!r} has no module {name!r} here"
         for block in which
-        for name in block.modules
+        for name in (*block.modules, *(parameter.rpartition(".")[0] for parameter in block.raw_parameters))
         if name not in present
     )
     check_all(missing, f"These blocks do not belong to this {type(model).__name__}", BlocksError)
@@ -70,13 +74,10 @@ class Gates:
         modules = dict(model.named_modules())
         self._gates = {b.name: Gate(b, holder, modules[b.owner], mode) for b in self.blocks}
         if exclusive:
-            _check_free(self.blocks, modules, holder)
+            _check_free(model, self.blocks, holder)
         with ExitStack() as undo:
-            for block in self.blocks:
-                gate = self._gates[block.name]
-                for position, name in enumerate(block.modules):
-                    install(modules[name], block, position, gate)
-                    undo.callback(uninstall, modules[name], gate)
+            for gate in self:
+                install(modules, gate, undo)
             self._undo = undo.pop_all()
 
     def __getitem__(self, key: str | int) -> Gate:
@@ -97,17 +98,26 @@ class Gates:
         return f"<Gates: {len(self)} blocks, {', '.join(changed) or 'all open'}>"
 
 
-def _check_free(blocks: Blocks, modules: dict[str, nn.Module], holder: str) -> None:
+def held(model: nn.Module) -> list[Gate]:
+    """Return every gate on a model but those that stand for removed blocks."""
+    ports = [module.__dict__[PORT] for module in model.modules() if PORT in module.__dict__]
+    return [gate for port in ports for gate in port.gates if gate.holder != REMOVED]
+
+
+def _check_free(model: nn.Module, blocks: Blocks, holder: str) -> None:
     """Raise if another training method already holds one of the blocks."""
+    modules = {name for block in blocks for name in (*block.modules, *block.raw_parameters)}
     taken = {
-        f"{block.name!r} already has a {gate.holder}"
-        for block in blocks
-        for name in block.modules
-        if name in modules and PORT in modules[name].__dict__
-        for gate in modules[name].__dict__[PORT].gates
-        if gate.holder != "gates"
+        f"{gate.block.name!r} already has a {gate.holder}"
+        for gate in held(model)
+        if gate.holder != "gates" and (gate.block in blocks or _overlap(gate.block, blocks, modules))
     }
     check_all(sorted(taken), f"Cannot attach {holder} (detach the other method first)", AttachError)
+
+
+def _overlap(block: ResidualBlock, blocks: Blocks, modules: set[str]) -> bool:
+    numbered = any(call is not None for call in block.calls)
+    return not numbered and bool(modules & {*block.modules, *block.raw_parameters})
 
 
 @contextmanager
@@ -151,10 +161,7 @@ def detach(model: nn.Module) -> nn.Module:
 
     >>> average = resect.detach(torch.optim.swa_utils.AveragedModel(model))
     """
-    for module in model.modules():
-        port = module.__dict__.get(PORT)
-        for gate in list(port.gates) if port is not None else ():
-            uninstall(module, gate)
+    strip(model)
     return model
 
 
@@ -167,9 +174,9 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
 
 def check_detached(model: nn.Module) -> None:
     """Raise if any gate is attached to the model."""
-    held = sorted({gate.holder for m in model.modules() if PORT in m.__dict__ for gate in m.__dict__[PORT].gates})
-    if held:
+    holders = sorted({gate.holder for gate in held(model)})
+    if holders:
         raise AttachError(
-            f"This model still has {', '.join(held)} attached. Detach first: leave the `with`, or .detach(); a copy "
+            f"This model still has {', '.join(holders)} attached. Detach first: leave the `with`, or .detach(); a copy "
             "of an attached model: resect.detach(copy)."
         )

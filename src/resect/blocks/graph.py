@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+from resect.blocks.absent import SUMS
 from resect.blocks.trace import Trace
 
 
@@ -38,22 +39,46 @@ class Graph:
         """Whether ``ancestor`` went into ``node``."""
         return bool(self.ancestors[node] >> ancestor & 1)
 
-    def exclusive(self, term: int, addition: int) -> frozenset[int]:
-        """Return the operations that serve only this term of this addition; empty if it is used elsewhere."""
+    def exclusive(self, term: int, exits: Iterable[int]) -> frozenset[int]:
+        """Return the operations that serve only this value's way into ``exits``; empty if it is used elsewhere."""
         inside: set[int] = set()
         seen = {term}
         waiting = [-term]
+        exits = set(exits)
         while waiting:
             # Later nodes first: all users of a node have been decided when its turn comes.
             node = -heapq.heappop(waiting)
             if node in self.trace.outputs or not self.nodes[node].op:
                 continue
-            if all(user in inside or (node == term and user == addition) for user in self.users(node)):
+            if all(user in inside or (node == term and user in exits) for user in self.users(node)):
                 inside.add(node)
                 for source in set(self.nodes[node].inputs) - seen:
                     seen.add(source)
                     heapq.heappush(waiting, -source)
         return frozenset(inside)
+
+    def additions_to(self, inside: frozenset[int], exits: Iterable[int]) -> dict[int, int]:
+        """Return per node of a branch the largest number of sums, as Python sees them, on a way out of it.
+
+        A node's own sum is not counted, those after it are, the block's own is not.
+        """
+        exits = set(exits)
+        ahead: dict[int, int] = {}
+        for node in sorted(inside, reverse=True):
+            after = [self._is_seen_sum(user) + ahead[user] for user in self.users(node) if user in inside]
+            ahead[node] = max(after, default=0)
+        return ahead
+
+    def sums_after(self, source: int, inside: frozenset[int], ahead: dict[int, int]) -> int:
+        """Return the largest number of sums on a way out of the branch from a value that may lie outside it."""
+        if source in ahead:
+            return ahead[source]
+        return max((self._is_seen_sum(user) + ahead[user] for user in self.users(source) if user in inside), default=0)
+
+    def _is_seen_sum(self, node: int) -> bool:
+        """Whether an operation is a sum of two tensors that a value which was not computed would meet."""
+        found = self.nodes[node]
+        return found.operands is not None and (not found.function or found.function in SUMS)
 
     def forks(self, inside: frozenset[int]) -> set[int]:
         """Return the input-dependent values that enter a set of operations from outside."""

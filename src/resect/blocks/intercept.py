@@ -9,165 +9,148 @@ restoring a remembered class: sharding swaps classes too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from resect.blocks.absent import Joining, absent_like
+from resect.blocks.absent import InFlight, settled
 from resect.blocks.block import ResidualBlock
+from resect.blocks.carried import Carried
+from resect.blocks.frame import Frame, fast_path_off
+from resect.blocks.state import PORT, Acting, Gate
+from resect.blocks.template import pick, replaced
+from resect.blocks.twin import absent_output
 from resect.errors import AttachError
 
-PORT = "_resect_port"
-Mode: TypeAlias = Literal["training", "eval"] | None
-"""When a gate acts: while the owner trains, while it does not, or always."""
 
-
-class Gate:
-    """What acts on one branch: ``open``, ``closed``, or a function on the branch end.
-
-    Several gates can act on one block; a closed one wins, functions apply in the order of attachment.
-    A gate with a ``mode`` acts only while the block's owner is in it.
-    """
-
-    def __init__(self, block: ResidualBlock, holder: str, owner: nn.Module, mode: Mode = None) -> None:
-        self.block = block
-        self.holder = holder
-        self.owner = owner  # a copy of the model copies it along, so that a copy's gates follow its own mode
-        self.mode = mode
-        self.is_closed = False
-        self.function: Callable[[Tensor], Tensor] | None = None
-        self.join: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.version = 0
-        self.seen_version = 0
-        self.served = False
-
-    def open(self) -> Gate:
-        """Compute the branch and leave it as it is."""
-        return self._become()
-
-    def close(self) -> Gate:
-        """Leave the branch out: not computed, no gradients, buffers untouched."""
-        return self._become(is_closed=True)
-
-    def scale(self, factor: float | Tensor) -> Gate:
-        """Multiply the branch end by a number, or by a tensor that broadcasts against it."""
-        return self.apply(Scale(factor))
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Gate:
-        """Let ``function(branch_end)`` take the place of the branch end."""
-        self._need_end("apply a function to the branch end")
-        return self._become(function=function)
-
-    def join_by(self, join: Callable[[Tensor, Tensor], Tensor]) -> Gate:
-        """Let ``join(shortcut, branch_end)`` take the place of the addition."""
-        self._need_end("act on the addition")
-        return self._become(join=join)
-
-    @property
-    def acts(self) -> bool:
-        """Whether the owner is in the mode this gate is for."""
-        return self.mode is None or (self.mode == "training") == self.owner.training
-
-    @property
-    def state(self) -> str:
-        """``open``, ``closed``, ``scaled`` or ``custom``."""
-        if self.is_closed:
-            return "closed"
-        if isinstance(self.function, Scale):
-            return "scaled"
-        return "open" if self.function is None and self.join is None else "custom"
-
-    def _need_end(self, what: str) -> None:
-        if self.block.end is None:
-            raise AttachError(f"Cannot {what} of {self.block.name!r}: {self.block.reason}. It can be closed.")
-
-    def _become(self, **state: Any) -> Gate:
-        self.is_closed, self.function, self.join = False, None, None
-        self.__dict__.update(state)
-        self.version += 1
-        return self
-
-    def note_forward(self) -> None:
-        """Raise if a recomputation in a backward pass sees another state than the forward pass did."""
-        if torch._C._current_graph_task_id() == -1:
-            self.seen_version = self.version
-        elif self.seen_version != self.version:
-            raise AttachError(
-                f"The gate of {self.block.name!r} changed between a forward pass and its recomputation by "
-                "gradient checkpointing: the gradients would be wrong. Change gates only after backward()."
-            )
-
-    def __repr__(self) -> str:
-        return f"<Gate {self.block.name}: {self.state}>"
-
-
-class Scale:
-    """Multiply by a factor. A class, not a closure, so that gates can be copied and pickled."""
-
-    def __init__(self, factor: float | Tensor) -> None:
-        self.factor = factor
-
-    def __call__(self, branch: Tensor) -> Tensor:
-        """Return ``factor * branch``."""
-        return branch * self.factor
-
-
-class Port:
-    """What one intercepted module consults: the gates of its block, and its own part in the branch."""
+class Part:
+    """What one module, at one or all of its calls, is in one block; and the gates of that block."""
 
     def __init__(self, block: ResidualBlock, position: int) -> None:
         self.block = block
-        self.template = block.templates[position]
-        self.is_end = block.modules[position] == block.end
-        # Only the module nearest the addition gives values that the addition may swallow.
-        last = block.end is None and position == len(block.modules) - 1
-        self.pending: float = block.inner_adds if self.is_end or last else float("inf")
+        self.position = position
+        self.call = block.calls[position]
+        self.ends = position == block.end
         self.gates: list[Gate] = []
 
-    def absent(self, training: bool) -> Any:
+    def absent(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Build what the module returns while its block is closed."""
+        block = self.block
         # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
-        return absent_like(self.template, self.pending, self.block.clone or training)
+        clone = block.clone or module.training
+        template, pending = block.templates[self.position], block.pending[self.position]
+        return absent_output(template, pending, clone, block.zeros, module, args, kwargs)
 
     def finish(self, output: Any) -> Any:
-        """Let every gate act on the branch end inside ``output``."""
-        for gate in self.gates:
-            if gate.function is not None and gate.acts:
+        """Let every gate act on the branch end inside ``output``, or send it to its addition."""
+        acting = [gate for gate in self.gates if (gate.function or gate.join) and gate.acts]
+        if not acting:
+            return output
+        block = self.block
+        if not block.exact or any(gate.join for gate in acting):
+            pending = block.pending[self.position]
+            return self._replace(output, lambda branch: Carried(((branch, Acting(acting)),), pending))
+        for gate in acting:
+            if gate.function is not None:
                 output = self._replace(output, gate.function)
-        for gate in self.gates:
-            if gate.join is not None and gate.acts:
-                join = gate.join
-                output = self._replace(output, lambda branch: Joining(((branch, join),)))  # noqa: B023
-                break
         return output
 
-    def _replace(self, output: Any, function: Callable[[Tensor], Any]) -> Any:
+    def _replace(self, output: Any, function: Any) -> Any:
         leaf = self.block.end_leaf
         if leaf is None:
             return function(output)
-        items = list(output)
-        items[leaf] = function(items[leaf])
-        return type(output)(items)
+        return replaced(output, leaf, function(pick(output, leaf)))
+
+
+class Port:
+    """What one intercepted module consults: its parts in branches, and what frames its own call."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.frames: list[Frame] = []
+        self.counters: list[Port] = []
+        """Ports whose calls are counted during one call of this module; one entry per gate."""
+        self.fast_path_off = 0
+        """How many gates need the attention fast path off during this module's call."""
+        self.counted = 0
+        self.count: int | None = None
+
+    def is_idle(self) -> bool:
+        """Whether nothing needs this port any more."""
+        return not (self.parts or self.frames or self.counters or self.fast_path_off or self.counted)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """Every gate that this module serves."""
+        return [gate for holder in (*self.parts, *self.frames) for gate in holder.gates]
+
+    def next_call(self) -> int | None:
+        """Return the number of the call that begins; None outside the module in which calls are counted."""
+        if self.count is None:
+            if torch._C._current_graph_task_id() != -1 and any(gate.state != "open" for gate in self.gates):
+                raise AttachError(
+                    f"{self.gates[0].block.name!r} shares its modules with other blocks, and gradient checkpointing "
+                    "recomputes it alone: which call this is cannot be known. Checkpoint the module around all calls, "
+                    f"{self.gates[0].block.counted_in or 'the model'!r}, or leave these blocks open."
+                )
+            return None
+        self.count += 1
+        return self.count - 1
 
 
 class Intercepted:
     """The part that the swapped class adds: look at the gates, then run, or do not run, the module."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Do not announce the swapped class to a base class that keeps a register or wants options."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module unless a gate is closed; at the branch end, let the gates act."""
         port: Port = self.__dict__[PORT]
         compiling = torch.compiler.is_compiling()
-        for gate in port.gates:
-            if not compiling:
-                gate.note_forward()
-            if gate.is_closed and gate.acts:
-                if not compiling:
-                    gate.served = True
-                return port.absent(self.training)  # type: ignore[attr-defined]
+        call = port.next_call() if port.counted else None
+        for part in port.parts:
+            if part.call is None or part.call == call:
+                for gate in part.gates:
+                    if not compiling:
+                        gate.note_forward()
+                    if gate.is_closed and gate.acts:
+                        if not compiling:
+                            gate.served = True
+                        return part.absent(self, args, kwargs)  # type: ignore[arg-type]
+        if port.frames or port.counters or port.fast_path_off:
+            return self._framed(port, call, args, kwargs)
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        return port.finish(output) if port.is_end else output
+        for part in port.parts:
+            if part.ends and (part.call is None or part.call == call):
+                output = part.finish(output)
+        return output
+
+    def _framed(self, port: Port, call: int | None, args: Any, kwargs: Any) -> Any:
+        frames = [frame for frame in port.frames if frame.call is None or frame.call == call]
+        entered: list[Frame] = []
+        counted = [counter.count for counter in port.counters]
+        try:
+            for counter in port.counters:
+                counter.count = 0
+            for frame in frames:
+                entered.append(frame)
+                frame.enter()
+            with fast_path_off(bool(port.fast_path_off)):
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for frame in reversed(entered):
+                frame.leave()
+            for counter, before in zip(port.counters, counted, strict=True):
+                counter.count = before
+        if any(frame.block.unwrap for frame in frames):
+            output = tree_map_only(InFlight, settled, output)
+        for part in port.parts:
+            if part.ends and (part.call is None or part.call == call):
+                output = part.finish(output)
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (without(type(self)),), self.__getstate__()
@@ -195,28 +178,18 @@ def without(cls: type) -> type:
     return type(cls.__name__, tuple(without(base) for base in cls.__bases__), body)
 
 
-def install(module: nn.Module, block: ResidualBlock, position: int, gate: Gate) -> None:
-    """Add a gate to a module, intercepting the module first if it is not yet."""
+def port_of(module: nn.Module) -> Port:
+    """Return the module's port, intercepting the module first if it is not yet."""
     port = module.__dict__.get(PORT)
     if port is None:
-        port = Port(block, position)
-        module.__dict__[PORT] = port
+        port = module.__dict__[PORT] = Port()
         module.__class__ = intercepted_class(type(module))  # type: ignore[arg-type]
-    elif port.block != block:
-        raise AttachError(
-            f"Module {block.modules[position]!r} is already held by {port.block.name!r} "
-            f"({', '.join(gate.holder for gate in port.gates)}), found under another name or on another trace. "
-            "Detach that first."
-        )
-    port.gates.append(gate)
+    return port
 
 
-def uninstall(module: nn.Module, gate: Gate) -> None:
-    """Take a gate away again, and the interception with the last one. Harmless when it is not there."""
+def release(module: nn.Module) -> None:
+    """Undo the interception of a module that nothing needs intercepted any more."""
     port = module.__dict__.get(PORT)
-    if port is None or gate not in port.gates:
-        return
-    port.gates.remove(gate)
-    if not port.gates:
+    if port is not None and port.is_idle():
         del module.__dict__[PORT]
         module.__class__ = without(type(module))

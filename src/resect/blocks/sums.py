@@ -23,6 +23,14 @@ _NONLINEAR = (
 )  # fmt: skip
 
 
+_ELEMENTWISE = ("mul", "mul_", "rsub", "sub", "neg", "add", "add_")
+_VIEWS = frozenset(
+    "aten::" + op
+    for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
+               "clone", "contiguous", "alias", "detach", "flatten", "select", "slice")
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Term:
     """One branch of one sum, as nodes of the trace."""
@@ -30,12 +38,23 @@ class Term:
     sum: int
     """The node of the (outermost) addition."""
     term: int
-    addition: int
-    """The node of the addition that this term enters."""
-    operand: int
-    """Which operand of that addition it is: 0 or 1."""
+    """The node of the branch's value."""
+    exits: tuple[tuple[int, int], ...]
+    """Where that value leaves the branch: (node, operand); the first is the addition, or a slice of it."""
     shortcut: Shortcut
     nodes: frozenset[int]
+    zeros: bool = False
+    """Part of the value goes on beside the sum."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One value of a sum, the addition it enters, at which place, and whether it is subtracted or weighted there."""
+
+    value: int
+    addition: int
+    place: int
+    plain: bool = True
 
 
 def find_terms(graph: Graph) -> list[Term]:
@@ -45,56 +64,133 @@ def find_terms(graph: Graph) -> list[Term]:
     sums = [node for node in graph.nodes if node.operands and graph.live[node.index]]
     for outer in reversed(sums):
         if outer.index not in joined and graph.dependent[outer.index]:
-            terms = _terms_of(graph, outer, joined)
-            found += _identity(graph, outer, terms) or _forked(graph, outer, terms)
+            terms = operands_of(graph, outer, joined)
+            found += _identity(graph, outer, terms) or _forked(graph, outer, terms) or _weighed(graph, outer, terms)
     return sorted(found, key=lambda term: (term.sum, term.term))
 
 
-def _terms_of(graph: Graph, outer: Node, joined: set[int]) -> list[tuple[int, int, int]]:
-    """Flatten ``(a + b) + c`` into terms (term, addition it enters, which operand)."""
-    terms: list[tuple[int, int, int]] = []
-    for operand, index in enumerate(outer.operands or ()):
+def operands_of(graph: Graph, outer: Node, joined: set[int]) -> list[Operand]:
+    """Flatten ``(a + b) - c`` into its operands."""
+    terms: list[Operand] = []
+    difference = outer.op.startswith("aten::sub")
+    for place, index in enumerate(outer.operands or ()):
         inner = graph.nodes[index]
+        plain = place == 0 or not (difference or outer.weighted)
         # The same call, and nobody else looks at the partial sum: one n-ary sum.
-        if inner.operands and inner.call == outer.call and graph.users(index) == [outer.index]:
+        alone = inner.call == outer.call and graph.users(index) == [outer.index]
+        if inner.operands and plain and alone and not _has_bias(graph, inner, outer, place):
             joined.add(index)
-            terms += _terms_of(graph, inner, joined)
+            terms += operands_of(graph, inner, joined)
         else:
-            terms.append((index, outer.index, operand))
+            terms.append(Operand(index, outer.index, place, plain))
     return terms
 
 
-def _identity(graph: Graph, outer: Node, terms: list[tuple[int, int, int]]) -> list[Term]:
+def _has_bias(graph: Graph, inner: Node, outer: Node, place: int) -> bool:
+    """Whether a partial sum is a branch and its bias: ``x + (x @ w + b)``."""
+    assert inner.operands and outer.operands
+    other = outer.operands[1 - place]
+    return graph.descends(inner.index, other) and not all(graph.dependent[node] for node in inner.operands)
+
+
+def _identity(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
     """Find the terms that descend from another term: branches over an identity shortcut."""
-    shortcuts = [a for a, *_ in terms if any(graph.descends(b, a) for b, *_ in terms)]
-    if not shortcuts:
-        return []
+    shortcuts = [a.value for a in terms if a.plain and any(graph.descends(b.value, a.value) for b in terms)]
     return [
-        Term(outer.index, term, addition, operand, "identity", graph.exclusive(term, addition))
-        for term, addition, operand in terms
-        if term not in shortcuts and any(graph.descends(term, shortcut) for shortcut in shortcuts)
+        term_of(graph, outer.index, operand, "identity")
+        for operand in terms
+        if operand.value not in shortcuts and any(graph.descends(operand.value, shortcut) for shortcut in shortcuts)
     ]
 
 
-def _forked(graph: Graph, outer: Node, terms: list[tuple[int, int, int]]) -> list[Term]:
+def term_of(graph: Graph, sum_: int, operand: Operand, shortcut: Shortcut) -> Term:
+    """Return the branch that ends in one operand of a sum."""
+    exits = ((operand.addition, operand.place),)
+    inside = graph.exclusive(operand.value, [operand.addition])
+    if not graph.parameters(inside):
+        partial = _partial(graph, operand)
+        if partial is not None:
+            return Term(sum_, partial[0], partial[1], shortcut, partial[2], zeros=True)
+    return Term(sum_, operand.value, exits, shortcut, inside)
+
+
+def _partial(graph: Graph, operand: Operand) -> tuple[int, tuple[tuple[int, int], ...], frozenset[int]] | None:
+    """Follow a slice back to the whole value, if every other slice of it is only put beside the sum (rexnet)."""
+    value = operand.value
+    if graph.nodes[value].op != "aten::slice":
+        return None
+    while graph.nodes[value].op == "aten::slice":
+        value = graph.nodes[value].inputs[0]
+    first: list[int] = [operand.addition]
+    slices: list[int] = []
+    waiting = [value]
+    while waiting:
+        for user in graph.users(waiting.pop()):
+            if graph.nodes[user].op == "aten::slice":
+                waiting.append(user)
+                slices.append(user)
+            elif user != operand.addition and not (
+                graph.nodes[user].op == "aten::cat" and graph.descends(user, operand.addition)
+            ):
+                return None
+            else:
+                first.append(user)
+    entering = [node for node in slices if value in graph.nodes[node].inputs]
+    if len(slices) < 2 or value in graph.trace.outputs:
+        return None
+    inside = graph.exclusive(value, entering)
+    return value, tuple((node, 0) for node in entering), inside
+
+
+def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
     """Of two terms that grow out of one fork, find the branch; the shortcut is the light one."""
     if len(terms) != 2:
         return []
-    sides = [(graph.exclusive(term, addition), term, addition, operand) for term, addition, operand in terms]
-    forks = [graph.forks(side[0]) for side in sides]
-    if not all(side[0] for side in sides) or forks[0] != forks[1] or len(forks[0]) != 1:
+    sides = [graph.exclusive(operand.value, [operand.addition]) for operand in terms]
+    forks = [graph.forks(side) for side in sides]
+    if not all(sides) or forks[0] != forks[1] or len(forks[0]) != 1:
         return []
-    weights = [(graph.count(side[0], _HEAVY), len(graph.parameters(side[0]))) for side in sides]
+    weights = [(graph.count(side, _HEAVY), len(graph.parameters(side))) for side in sides]
     if weights[0] == weights[1]:
         return []
     light, heavy = (0, 1) if weights[0] < weights[1] else (1, 0)
-    if weights[light][0] > 1 or graph.count(sides[light][0], _NONLINEAR):
+    if weights[light][0] > 1 or graph.count(sides[light], _NONLINEAR) or not terms[light].plain:
         return []
-    if not graph.count(sides[heavy][0], _NONLINEAR):
+    if not graph.count(sides[heavy], _NONLINEAR):
         return []  # a re-parametrised convolution, not a residual block
     kind: Shortcut = "projection" if weights[light][1] else "reshape"
-    inside, term, addition, operand = sides[heavy]
-    return [Term(outer.index, term, addition, operand, kind, inside)]
+    operand = terms[heavy]
+    return [Term(outer.index, operand.value, ((operand.addition, operand.place),), kind, sides[heavy])]
+
+
+def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
+    """Find the branch of ``t·f(x) + (1 - t)·x``: the shortcut is an ancestor, weighed by weightless operations."""
+    if len(terms) != 2:
+        return []
+    for shortcut, branch in (terms, terms[::-1]):
+        light = graph.exclusive(shortcut.value, [shortcut.addition])
+        heavy = graph.exclusive(branch.value, [branch.addition])
+        if not light or not graph.count(heavy, _HEAVY) or graph.parameters(light) or not shortcut.plain:
+            continue
+        plain = all(graph.nodes[node].op.removeprefix("aten::") in _ELEMENTWISE for node in light)
+        sources = {source for node in light for source in graph.nodes[node].inputs} - light
+        gated = sum(graph.dependent[source] for source in sources) > 1  # by a value, not by a number
+        if plain and gated and any(graph.descends(branch.value, source) and _is_factor(graph, light, source) for source in sources):
+            exits = ((branch.addition, branch.place),)
+            return [Term(outer.index, branch.value, exits, "reshape", heavy)]
+    return []
+
+
+def _is_factor(graph: Graph, light: frozenset[int], source: int) -> bool:
+    """Whether a value enters the weighed shortcut by a multiplication."""
+    return any(graph.nodes[user].op.startswith("aten::mul") for user in graph.users(source) if user in light)
+
+
+def views_back(graph: Graph, node: int, stop: set[int]) -> int:
+    """Follow views of a value back to where it was made, or to the first node of ``stop``."""
+    while graph.nodes[node].op in _VIEWS and node not in stop:
+        node = graph.nodes[node].inputs[0]
+    return node
 
 
 def drop_nested(graph: Graph, terms: list[Term], parameters: dict[str, int]) -> list[Term]:

@@ -6,6 +6,7 @@ known by the node that last wrote it: in-place operations and views are followed
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from resect.blocks.absent import template_of
 from resect.blocks.example import Example, device_of
 from resect.blocks.modes import kept_modes
+from resect.blocks.template import paths_of, pick, template_of, tensors_in
 
-ADDITIONS = frozenset({"aten::add", "aten::add_"})
+SUMS = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_"})
+"""The operations that join a branch to its shortcut: ``x + f`` and ``x - f``."""
 
 
 @dataclass
@@ -31,13 +34,21 @@ class Node:
     op: str
     inputs: tuple[int, ...]
     call: int
+    number: int = -1
+    """How many operations of its name ran before it."""
     users: list[int] = field(default_factory=list)
     parameter: str | None = None
     is_input: bool = False
-    # For an addition of two tensors only:
+    flops: int = 0
+    function: str = ""
+    """The outermost torch function under which it ran, as Python sees it: ``add``, ``linear``, …"""
+    arguments: tuple[int, ...] = ()
+    """Per positional argument, the node of the tensor it is, else -1."""
+    # For a sum or difference of two tensors only:
     operands: tuple[int, int] | None = None
-    number: int = -1
-    """How many additions of tensors ran before it."""
+    weighted: bool = False
+    """Its second operand is multiplied (``alpha``)."""
+    shape: tuple[int, ...] = ()
     written_later: bool = False
     """Its result is later changed in place."""
 
@@ -54,6 +65,8 @@ class Call:
     outputs: tuple[int, ...] = ()
     output: Any = None
     """A template of the output (see ``absent_like``), or the ``TypeError`` that says why there is none."""
+    leaves: tuple[tuple[tuple[Any, ...], int], ...] = ()
+    """Per tensor of the output, its path in the template and its node."""
     finished: int = -1
     """How many calls had returned before it."""
     nodes: list[int] = field(default_factory=list)
@@ -70,14 +83,13 @@ class Trace:
     """Nodes of the model's outputs."""
 
 
-def is_addition(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation adds two tensors: what the trace numbers and the oracle looks for."""
+def is_sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation adds or subtracts two tensors."""
     return (
-        func._schema.name in ADDITIONS
+        func._schema.name in SUMS
         and len(args) == 2
         and all(isinstance(arg, Tensor) for arg in args)
         and "out" not in kwargs
-        and kwargs.get("alpha", 1) == 1
     )
 
 
@@ -88,10 +100,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
+        self.function = ""
         self._stack: list[int] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         self._returned = 0
-        self._additions = 0
+        self._numbers: Counter[str] = Counter()
         self._alive: list[Tensor] = []
         self._of_tensor: dict[int, int] = {}
         self._last_write: dict[int, int] = {}
@@ -104,24 +117,27 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = self.nodes_in((args, kwargs))
-        addition = is_addition(func, args, kwargs)
-        operands = tuple(self._node_of(arg) for arg in args) if addition else None
+        arguments = tuple(self._node_of(arg) if isinstance(arg, Tensor) else -1 for arg in args)
         output = func(*args, **kwargs)
 
         node = self._add(func._schema.name, inputs)
+        node.arguments, node.function = arguments, self.function
+        if func._overloadpacket in flop_registry:
+            node.flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, Tensor):
                 self._write(value, node)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             self._remember(tensor, node.index)
-        if addition:
-            node.operands, node.number = operands, self._additions  # type: ignore[assignment]
-            self._additions += 1
+        if is_sum(func, args, kwargs):
+            node.operands, node.weighted = (arguments[0], arguments[1]), kwargs.get("alpha", 1) != 1
+            node.shape = tuple(output.shape)
             self._sums_in.setdefault(_storage(output), []).append(node.index)
         return output
 
     def _add(self, op: str, inputs: tuple[int, ...]) -> Node:
-        node = Node(len(self.nodes), op, inputs, self._stack[-1] if self._stack else -1)
+        node = Node(len(self.nodes), op, inputs, self._stack[-1] if self._stack else -1, self._numbers[op])
+        self._numbers[op] += 1
         self.nodes.append(node)
         for source in inputs:
             self.nodes[source].users.append(node.index)
@@ -148,7 +164,7 @@ class _Recorder(TorchDispatchMode):
 
     def nodes_in(self, value: Any) -> tuple[int, ...]:
         """Return the nodes of every tensor inside a value, each once."""
-        return tuple(dict.fromkeys(self._node_of(tensor) for tensor in _tensors(value)))
+        return tuple(dict.fromkeys(self._node_of(tensor) for tensor in tensors_in(value)))
 
     def run_module(self, run: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stand in for ``nn.Module.__call__``: record the call around ``run``, the original one."""
@@ -167,9 +183,25 @@ class _Recorder(TorchDispatchMode):
         call.finished, self._returned = self._returned, self._returned + 1
         try:
             call.output = template_of(output)
+            call.leaves = tuple((path, self._node_of(pick(output, path))) for path in paths_of(call.output))
         except TypeError as error:
             call.output = error
         return output
+
+
+class _Functions(TorchFunctionMode):
+    """Tell the recorder which torch function the model called: inside one, this mode is off."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._recorder.function = getattr(func, "__name__", str(func))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._recorder.function = ""
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -183,7 +215,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
     nn.Module.__call__ = recorded  # type: ignore[method-assign]
     try:
-        with recorder:
+        with _Functions(recorder), recorder:
             output = model(*example.args, **example.kwargs)
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
@@ -203,10 +235,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -7,7 +7,8 @@ one addition in the stream of operations.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.blocks.block import Blocks, Refusal, ResidualBlock
-from resect.blocks.branch import Candidate
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates
-from resect.blocks.trace import is_addition
+from resect.blocks.template import tensors_in
 
 Change = Callable[[Tensor], Tensor]
 
@@ -39,54 +38,62 @@ class Affine:
 
 
 class Oracle(TorchDispatchMode):
-    """Replace operands of additions while a model runs: ``{(addition number, operand): change}``."""
+    """Replace operands of operations while a model runs: ``{(operation, how many ran before, operand): change}``."""
 
-    def __init__(self, changes: dict[tuple[int, int], Change]) -> None:
+    def __init__(self, changes: Mapping[tuple[str, int, int], Change]) -> None:
         super().__init__()
         self._changes = changes
-        self._seen = -1
+        self._names = {name for name, _, _ in changes}
+        self._seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if is_addition(func, args, kwargs):
-            self._seen += 1
+        name = func._schema.name
+        if name in self._names:
+            number = self._seen[name]
+            self._seen[name] += 1
             operands = list(args)
-            for operand in (0, 1):
-                change = self._changes.get((self._seen, operand))
+            for operand in range(len(operands)):
+                change = self._changes.get((name, number, operand))
                 if change is None:
                     continue
                 changed = change(operands[operand])
-                if operand == 0 and func._schema.name.endswith("add_"):
+                if operand == 0 and name.endswith("_"):
                     operands[0].copy_(changed)  # the sum must still be written where the model expects it
                 else:
                     operands[operand] = changed
             args = tuple(operands)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def verify(
-    model: nn.Module, example: Example, candidates: Sequence[Candidate], *, each: bool = False
+    model: nn.Module, example: Example, candidates: Sequence[ResidualBlock], *, each: bool = False
 ) -> tuple[list[ResidualBlock], list[Refusal]]:
     """Split candidates into verified blocks and refusals; call it inside ``quiet``.
 
     Closing: a few random subsets and all blocks at once must equal the oracle to the bit. Acting on the
     branch end: all blocks at once, each with its own function. On disagreement the list is halved until
-    the blocks at fault stand alone.
+    the blocks at fault stand alone; what is not the branch end may still be carried to the addition.
     """
-    check = _Check(model, example, [candidate.block for candidate in candidates])
+    check = _Check(model, example, candidates)
     bad_close = check.at_fault(candidates, check.closing_differs, each)
-    good = [candidate for candidate in candidates if candidate.block.name not in bad_close]
-    scalable = [candidate for candidate in good if candidate.block.end is not None]
-    bad_end = check.at_fault(scalable, check.acting_differs, each)
-
-    blocks: list[ResidualBlock] = []
-    for candidate in good:
-        block = candidate.block
-        if block.name in bad_end:
-            block = replace(block, end=None, end_leaf=None, reason=bad_end[block.name])
-        blocks.append(replace(block, index=len(blocks)))
-    where = {candidate.block.name: candidate.block.owner for candidate in candidates}
-    return blocks, [Refusal(where[name] or name, reason) for name, reason in bad_close.items()]
+    good = [block for block in candidates if block.name not in bad_close]
+    bad_end = check.at_fault([block for block in good if block.scalable], check.acting_differs, each)
+    good = [replace(block, exact=False) if block.name in bad_end else block for block in good]
+    carried = [block for block in good if block.name in bad_end]
+    still_bad = check.at_fault(carried, check.acting_differs, each)
+    out_of_reach = {name: reason for name, reason in bad_end.items()
+                    if name in still_bad or all(block.name != name for block in carried)}  # fmt: skip
+    blocks = [
+        replace(block, end=None, end_leaf=None, reason=out_of_reach[block.name])
+        if block.name in out_of_reach
+        else block
+        for block in good
+    ]
+    where = {block.name: block.owner for block in candidates}
+    return (
+        [replace(block, index=index) for index, block in enumerate(blocks)],
+        [Refusal(where[name] or name, reason) for name, reason in bad_close.items()],
+    )
 
 
 def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock]) -> Any:
@@ -107,7 +114,8 @@ def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock])
             stack.callback(hook.remove)
         if any(not block.owner for block in blocks):
             for name, child in model.named_children():
-                if name not in inside:
+                # What has no weights (one ReLU for everything) may also run on values that are not computed.
+                if name not in inside and any(True for _ in child.parameters()):
                     hook = child.register_forward_pre_hook(lambda _, args: seen.append(_copied(args)))
                     stack.callback(hook.remove)
         return _copied(example.run(model)), seen
@@ -120,33 +128,33 @@ class _Check:
         self.blocks = blocks
 
     def at_fault(
-        self, candidates: Sequence[Candidate], differs: Callable[[Sequence[Candidate]], str], each: bool
+        self, candidates: Sequence[ResidualBlock], differs: Callable[[Sequence[ResidualBlock]], str], each: bool
     ) -> dict[str, str]:
         """Return ``{name: reason}`` of the candidates that disagree with the oracle."""
         if not candidates:
             return {}
         if each:
-            found = {c.block.name: differs([c]) for c in candidates}
+            found = {c.name: differs([c]) for c in candidates}
             return {name: reason for name, reason in found.items() if reason}
         reason = differs(candidates)
         if not reason:
             return {}
         if len(candidates) == 1:
-            return {candidates[0].block.name: reason}
+            return {candidates[0].name: reason}
         half = len(candidates) // 2
         found = self.at_fault(candidates[:half], differs, each) | self.at_fault(candidates[half:], differs, each)
         # Alone each agrees, together they do not: none of them can be trusted.
-        return found or {c.block.name: "it agrees with the oracle alone, but not with other blocks" for c in candidates}
+        return found or {c.name: "it agrees with the oracle alone, but not with other blocks" for c in candidates}
 
-    def closing_differs(self, candidates: Sequence[Candidate]) -> str:
+    def closing_differs(self, candidates: Sequence[ResidualBlock]) -> str:
         """Say how closing disagrees with the oracle, "" if it does not."""
         draw = random.Random(0)
         subsets = [list(candidates)]
         if len(candidates) > 1:
             subsets.append([candidate for candidate in candidates if draw.random() < 0.5])
         for subset in subsets:
-            expected = self.run({(c.addition, c.operand): torch.zeros_like for c in subset})
-            handle = Gates(self.model, Blocks(c.block for c in subset))
+            expected = self.run({place: torch.zeros_like for c in subset for place in c.places})
+            handle = Gates(self.model, Blocks(subset))
             try:
                 for gate in handle:
                     gate.close()
@@ -163,12 +171,14 @@ class _Check:
                 return f"closing it does not give the model without it: {difference}"
         return ""
 
-    def acting_differs(self, candidates: Sequence[Candidate]) -> str:
+    def acting_differs(self, candidates: Sequence[ResidualBlock]) -> str:
         """Say how a function on the branch end disagrees with the oracle, "" if it does not."""
         draw = random.Random(1)
         functions = [Affine(draw.uniform(0.5, 1.0), draw.uniform(0.05, 0.1)) for _ in candidates]
-        expected = self.run({(c.addition, c.operand): f for c, f in zip(candidates, functions, strict=True)})
-        handle = Gates(self.model, Blocks(c.block for c in candidates))
+        expected = self.run(
+            {place: f for c, f in zip(candidates, functions, strict=True) for place in c.places}
+        )
+        handle = Gates(self.model, Blocks(candidates))
         try:
             for gate, function in zip(handle, functions, strict=True):
                 gate.apply(function)
@@ -180,7 +190,7 @@ class _Check:
         difference = compare(expected, output)
         return f"its last module's output is not the branch end: {difference}" if difference else ""
 
-    def run(self, changes: dict[tuple[int, int], Change] | None = None) -> Any:
+    def run(self, changes: Mapping[tuple[str, int, int], Change] | None = None) -> Any:
         """Return the model's output and those of the blocks' owners, with operands of additions replaced."""
         if changes is None:
             return observe(self.model, self.example, self.blocks)
@@ -190,13 +200,12 @@ class _Check:
 
 def _copied(output: Any) -> Any:
     """Copy tensors: what a module returned may be written in place later."""
-    return tree_map_only(Tensor, torch.clone, output)
+    return [tensor.clone() for tensor in tensors_in(output)]
 
 
 def compare(expected: Any, output: Any) -> str:
     """Say how two model outputs differ, "" when they are equal to the bit (NaN equals NaN)."""
-    left = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
-    right = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    left, right = tensors_in(expected), tensors_in(output)
     if len(left) != len(right):
         return f"{len(right)} output tensors instead of {len(left)}"
     for place, (a, b) in enumerate(zip(left, right, strict=True)):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from resect.blocks.absent import Absent, absent_like
+from resect.blocks.absent import absent_of_shape
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.gate import check_detached, closed, resolve
+from resect.blocks.frame import absent_parameter
+from resect.blocks.gate import REMOVED, check_detached, closed, resolve
+from resect.blocks.install import install
 from resect.blocks.plan import Plan
+from resect.blocks.state import Gate
 from resect.blocks.trace import quiet
+from resect.blocks.twin import absent_output, meta_copy
 from resect.blocks.verify import compare, observe
 from resect.errors import BlocksError, InputError, ProofError
 
@@ -21,18 +26,33 @@ Names = Plan | Blocks | str | Iterable[str]
 
 
 class Removed(nn.Module):
-    """Stands where a branch module was: no parameters, nothing computed, the shortcut passes alone."""
+    """Stands where a branch module was: no parameters, nothing computed, the shortcut passes alone.
 
-    def __init__(self, block: ResidualBlock, position: int) -> None:
+    What the model's code asks of the module itself still answers: plain attributes as they were, weights as
+    values that were not computed.
+    """
+
+    def __init__(self, block: ResidualBlock, position: int, original: nn.Module) -> None:
         super().__init__()
         self.block = block
-        self._template = block.templates[position]
-        nearest = block.modules[position] == (block.end or block.modules[-1])
-        self._pending = block.inner_adds if nearest else float("inf")
+        self._position = position
+        self.__dict__["_resect_twin"] = meta_copy(original)
+        self._device = next((tensor.device for tensor in (*original.parameters(), *original.buffers())), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's recorded output with an Absent for every tensor."""
-        return absent_like(self._template, self._pending, self.block.clone or self.training)
+        block, place = self.block, self._position
+        clone = block.clone or self.training
+        return absent_output(block.templates[place], block.pending[place], clone, block.zeros, self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        twin = self.__dict__.get("_resect_twin")
+        if twin is None or name.startswith("__"):
+            return super().__getattr__(name)
+        found = getattr(twin, name)
+        if isinstance(found, Tensor):
+            return absent_of_shape(float("inf"), False, False, tuple(found.shape), found.dtype)
+        return found
 
     def extra_repr(self) -> str:
         """Show which block was here."""
@@ -95,24 +115,43 @@ def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = Fa
 def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
     """Put a ``Removed`` in the place of every branch module; return what was there.
 
-    A raw parameter of a branch gives way to an ``Absent``, so that the owner's code still finds its name.
+    A raw parameter of a branch gives way to an ``Absent``, so that the owner's code still finds its name. What
+    other blocks use too stays, and so does what the owner's call needs: a gate is closed there for good.
     """
+    blocks = list(blocks)
+    modules = dict(model.named_modules())
     originals: dict[str, Any] = {}
     for block in blocks:
+        if block.counted_in is not None or block.unwrap:
+            gate = Gate(block, REMOVED, modules[block.owner]).close()
+            with ExitStack() as undo:
+                install(modules, gate, undo)
+                originals[f"{block.name} (gate)"] = undo.pop_all()
+        if block.counted_in is not None:
+            continue
         for name in block.raw_parameters:
             parent, attribute = _parent(model, name)
+            if attribute not in parent._parameters:
+                continue
+            stand_in = absent_parameter(block, name, parent)
             originals[name] = parent._parameters.pop(attribute)
-            setattr(parent, attribute, Absent())
+            parent.__dict__[attribute] = stand_in
         for position, name in enumerate(block.modules):
-            parent, attribute = _parent(model, name)
-            originals[name] = getattr(parent, attribute)
-            setattr(parent, attribute, Removed(block, position).train(originals[name].training))
+            stub = Removed(block, position, modules[name]).train(modules[name].training)
+            for path, parent in [(path, parent) for path, parent in model.named_modules()]:
+                for attribute, child in list(parent._modules.items()):
+                    if child is modules[name]:
+                        originals[f"{path}.{attribute}" if path else attribute] = child
+                        setattr(parent, attribute, stub)
     return originals
 
 
 def put_back(model: nn.Module, originals: dict[str, Any]) -> None:
     """Undo ``take_out``."""
     for name, original in originals.items():
+        if isinstance(original, ExitStack):
+            original.close()
+            continue
         parent, attribute = _parent(model, name)
         if isinstance(original, nn.Parameter):
             parent.__dict__.pop(attribute, None)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from resect.blocks.gate import Gates, Which
-from resect.blocks.intercept import Gate
+from resect.blocks.state import Gate
 from resect.errors import check_all
 from resect.train.fold import fold
 from resect.train.freeze import Parts

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from resect.blocks.example import Forward, device_of, forward_batch
 from resect.blocks.gate import Gates, Which, check_number
-from resect.blocks.intercept import Gate
+from resect.blocks.state import Gate
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.blocks.response import look_on_example

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.intercept import Gate
+from resect.blocks.state import Gate
 from resect.errors import AttachError
 
 Stillness = Literal["skip", "zero"]

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
-from resect.blocks.intercept import Mode
+from resect.blocks.state import Mode
 from resect.errors import AttachError, BlocksError, InputError
 from resect.train.changed import Wiring
 

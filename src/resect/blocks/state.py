@@ -1,0 +1,129 @@
+"""The state of one gate: what acts on one branch, open, closed, or a function on the branch end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from resect.blocks.block import ResidualBlock
+from resect.errors import AttachError
+
+PORT = "_resect_port"
+Mode: TypeAlias = Literal["training", "eval"] | None
+"""When a gate acts: while the owner trains, while it does not, or always."""
+
+
+class Gate:
+    """What acts on one branch: ``open``, ``closed``, or a function on the branch end.
+
+    Several gates can act on one block; a closed one wins, functions apply in the order of attachment.
+    A gate with a ``mode`` acts only while the block's owner is in it.
+    """
+
+    def __init__(self, block: ResidualBlock, holder: str, owner: nn.Module, mode: Mode = None) -> None:
+        self.block = block
+        self.holder = holder
+        self.owner = owner  # a copy of the model copies it along, so that a copy's gates follow its own mode
+        self.mode = mode
+        self.is_closed = False
+        self.function: Callable[[Tensor], Tensor] | None = None
+        self.join: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.version = 0
+        self.seen_version = 0
+        self.served = False
+
+    def open(self) -> Gate:
+        """Compute the branch and leave it as it is."""
+        return self._become()
+
+    def close(self) -> Gate:
+        """Leave the branch out: not computed, no gradients, buffers untouched."""
+        return self._become(is_closed=True)
+
+    def scale(self, factor: float | Tensor) -> Gate:
+        """Multiply the branch end by a number, or by a tensor that broadcasts against it."""
+        return self.apply(Scale(factor))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Gate:
+        """Let ``function(branch_end)`` take the place of the branch end."""
+        self._need_end("apply a function to the branch end")
+        return self._become(function=function)
+
+    def join_by(self, join: Callable[[Tensor, Tensor], Tensor]) -> Gate:
+        """Let ``join(shortcut, branch_end)`` take the place of the addition."""
+        self._need_end("act on the addition")
+        return self._become(join=join)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the owner is in the mode this gate is for."""
+        return self.mode is None or (self.mode == "training") == self.owner.training
+
+    @property
+    def state(self) -> str:
+        """``open``, ``closed``, ``scaled`` or ``custom``."""
+        if self.is_closed:
+            return "closed"
+        if isinstance(self.function, Scale):
+            return "scaled"
+        return "open" if self.function is None and self.join is None else "custom"
+
+    def _need_end(self, what: str) -> None:
+        if self.block.end is None:
+            raise AttachError(f"Cannot {what} of {self.block.name!r}: {self.block.reason}. It can be closed.")
+
+    def _become(self, **state: Any) -> Gate:
+        self.is_closed, self.function, self.join = False, None, None
+        self.__dict__.update(state)
+        self.version += 1
+        return self
+
+    def note_forward(self) -> None:
+        """Raise if a recomputation in a backward pass sees another state than the forward pass did."""
+        if self.seen_version == self.version:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self.seen_version = self.version
+        else:
+            raise AttachError(
+                f"The gate of {self.block.name!r} changed between a forward pass and its recomputation by "
+                "gradient checkpointing: the gradients would be wrong. Change gates only after backward()."
+            )
+
+    def __repr__(self) -> str:
+        return f"<Gate {self.block.name}: {self.state}>"
+
+
+class Scale:
+    """Multiply by a factor. A class, not a closure, so that gates can be copied and pickled."""
+
+    def __init__(self, factor: float | Tensor) -> None:
+        self.factor = factor
+
+    def __call__(self, branch: Tensor) -> Tensor:
+        """Return ``factor * branch``."""
+        return branch * self.factor
+
+
+class Acting:
+    """What the gates of one block do at its addition: first their functions, then one's own way of joining."""
+
+    def __init__(self, gates: list[Gate]) -> None:
+        self.gates = gates
+
+    def change(self, branch: Tensor) -> Tensor:
+        """Return what the functions of the gates, in order, make of the branch."""
+        for gate in self.gates:
+            if gate.function is not None and gate.acts:
+                branch = gate.function(branch)
+        return branch
+
+    def join(self, other: Tensor, branch: Tensor) -> Tensor:
+        """Return ``other + branch``, or what a gate has in its place."""
+        for gate in self.gates:
+            if gate.join is not None and gate.acts:
+                return gate.join(other, branch)
+        return other + branch

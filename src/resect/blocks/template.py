@@ -1,0 +1,120 @@
+"""The form of a module's output as plain data: where its tensors are, and what stands around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+_PLAIN = (bool, int, float, str)
+
+
+def template_of(output: Any) -> Any:
+    """Read the template off a module's output; raises ``TypeError`` for outputs it cannot describe.
+
+    ``"absent"`` stands for a tensor, None for None, ``[kind, …]`` for what holds others: ``tuple``, ``list``,
+    ``dict`` and dataclasses with their keys, a named tuple with its class, ``value`` for plain numbers and strings.
+    """
+    if isinstance(output, Tensor):
+        return "absent"
+    if output is None:
+        return None
+    if isinstance(output, _PLAIN):
+        return ["value", output]
+    if type(output) in (tuple, list):
+        return [type(output).__name__, *(template_of(item) for item in output)]
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return ["named", _path(output), *(template_of(item) for item in output)]
+    if isinstance(output, dict):
+        keys = [[key, template_of(value)] for key, value in output.items() if isinstance(key, str)]
+        if len(keys) == len(output):
+            return ["dict", "builtins:dict" if type(output) is dict else _path(output), *keys]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = [field.name for field in dataclasses.fields(output) if field.init]
+        return ["dict", _path(output), *([name, template_of(getattr(output, name))] for name in fields)]
+    raise TypeError(f"a branch module returns a {type(output).__name__}, which cannot be made without computing it")
+
+
+def _path(value: object) -> str:
+    cls = type(value)
+    if "<locals>" in cls.__qualname__:
+        raise TypeError(f"a branch module returns a {cls.__name__}, a class made inside a function")
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def fill(template: Any, leaf: Callable[[tuple[Any, ...]], Any], at: tuple[Any, ...] = ()) -> Any:
+    """Build an output from its template, with ``leaf(path)`` for every tensor; a path is a tuple of keys."""
+    if template == "absent":
+        return leaf(at)
+    if template is None:
+        return None
+    kind, *items = template
+    if kind == "value":
+        return items[0]
+    if kind == "dict":
+        cls = _class(items[0])
+        return cls(**{key: fill(value, leaf, (*at, key)) for key, value in items[1:]})
+    if kind == "named":
+        return _class(items[0])(*(fill(item, leaf, (*at, place)) for place, item in enumerate(items[1:])))
+    parts = (fill(item, leaf, (*at, place)) for place, item in enumerate(items))
+    return tuple(parts) if kind == "tuple" else list(parts)
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def pick(output: Any, at: tuple[Any, ...]) -> Any:
+    """Return what sits at a path that ``fill`` gave."""
+    for key in at:
+        output = getattr(output, key) if isinstance(key, str) and not isinstance(output, dict) else output[key]
+    return output
+
+
+def paths_of(template: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every tensor in a template, in order."""
+    if template == "absent":
+        return [at]
+    if template is None or template[0] == "value":
+        return []
+    kind, *items = template
+    if kind == "dict":
+        return [path for key, value in items[1:] for path in paths_of(value, (*at, key))]
+    items = items[1:] if kind == "named" else items
+    return [path for place, item in enumerate(items) for path in paths_of(item, (*at, place))]
+
+
+def replaced(output: Any, at: tuple[Any, ...], value: Any) -> Any:
+    """Return an output with another value at a path; the containers on the way are new."""
+    if not at:
+        return value
+    key, *rest = at
+    inner = replaced(pick(output, (key,)), tuple(rest), value)
+    if isinstance(output, dict):
+        return type(output)(**{**output, key: inner})
+    if isinstance(key, str):
+        return dataclasses.replace(output, **{key: inner})
+    items = [*output[:key], inner, *output[key + 1 :]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return every tensor inside nested containers, dataclasses included, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    leaves = tree_leaves(value, is_leaf=lambda leaf: dataclasses.is_dataclass(leaf) and leaf is not value)
+    return [
+        tensor
+        for leaf in leaves
+        for tensor in ([leaf] if isinstance(leaf, Tensor) else tensors_in(leaf) if dataclasses.is_dataclass(leaf) else [])
+    ]

@@ -1,0 +1,58 @@
+"""What a module that did not run would have returned, without data: for models that ask for its shape."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from resect.blocks.absent import Absent, AbsentError
+from resect.blocks.state import PORT
+from resect.blocks.template import fill, pick
+
+_HARMLESS = (Tensor, Absent, bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(None), type(...))
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module on the meta device, made without copying any data."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for part in module.modules():  # neither gates nor hooks come along
+        memo |= {id(value): type(value)() for key, value in part.__dict__.items() if key.endswith("_hooks") and value}
+        memo[id(part.__dict__.get(PORT))] = None
+    return copy.deepcopy(module, memo)
+
+
+class Output:
+    """One tensor of the output of a module that was called but did not run."""
+
+    def __init__(self, module: nn.Module, at: tuple[Any, ...]) -> None:
+        self.module = module
+        self.at = at
+        self.device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a copy of the module on meta tensors."""
+        if not all(isinstance(leaf, _HARMLESS) for leaf in tree_leaves((args, kwargs))):
+            raise AbsentError(f"{type(self.module).__name__} takes more than tensors and numbers, and might change it")
+        twin = self.module.__dict__.get("_resect_twin") or meta_copy(self.module)
+        twin.train(self.module.training)
+        with torch.random.fork_rng(devices=[]):
+            return pick(twin.forward(*args, **kwargs), self.at)
+
+
+def absent_output(
+    template: Any, pending: float, clone: bool, zeros: bool, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """Build what a module returns that does not run: its recorded output with an Absent for every tensor."""
+
+    def leaf(at: tuple[Any, ...]) -> Absent:
+        return Absent(pending, clone, zeros, (Output(module, at), args, kwargs))
+
+    return fill(template, leaf)
