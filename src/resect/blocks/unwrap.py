@@ -72,11 +72,17 @@ def check_visible(model: nn.Module) -> None:
                 )
     on_meta = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     total = sum(1 for _ in model.parameters())
-    if 0 < len(on_meta) < total and not _is_offloaded(model):
+    if on_meta and any("_hf_hook" in module.__dict__ for module in model.modules()):
         raise BlocksError(
-            f"{len(on_meta)} of the model's {total} parameters are on the meta device (for instance {on_meta[0]!r}), the "
-            "others are not, so it cannot run. Load them; or move all of it, model.to('meta'), to find blocks without "
-            "computing."
+            f"{len(on_meta)} of the model's {total} parameters are offloaded by accelerate (for instance {on_meta[0]!r}): "
+            "they are there only while their own module runs. Find the blocks before offloading, or on a copy on the "
+            "meta device: their names hold here too."
+        )
+    if 0 < len(on_meta) < total:
+        raise BlocksError(
+            f"{len(on_meta)} of the model's {total} parameters are on the meta device (for instance {on_meta[0]!r}), "
+            "the others are not, so it cannot run. Load them; or move all of it, model.to('meta'), to find blocks "
+            "without computing."
         )
 
 
@@ -89,11 +95,6 @@ def _is_statically_quantised(module: nn.Module) -> bool:
         and ".reference" not in home
         and not any(word in type(module).__name__ for word in ("Float", "PackedParams"))
     )
-
-
-def _is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate's hooks bring parameters in, and move inputs, while the model runs."""
-    return any("_hf_hook" in module.__dict__ for module in model.modules())
 
 
 @contextmanager
