@@ -252,7 +252,6 @@ def test_the_example_may_be_a_tuple_a_mapping_or_an_example():
         (nn.Linear(3, 3), torch.zeros(2, 3, dtype=torch.long), "cannot run on this example"),
         (nn.Linear(3, 3), "image.png", "must be a tensor"),
         (lambda x: x, torch.randn(2, 3), "needs a torch.nn.Module"),
-        (torch.compile(nn.Linear(3, 3)), torch.randn(2, 3), "_orig_mod"),
     ],
 )
 def test_bad_input_gets_one_clear_message(model, example, message):

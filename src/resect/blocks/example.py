@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from resect.errors import InputError
 
@@ -24,36 +25,95 @@ class Example:
 
     @classmethod
     def of(cls, value: Any) -> Example:
-        """Read an example: a tensor, a tuple or list of arguments, a mapping of kwargs, or an ``Example``."""
+        """Read an example: a tensor, a tuple or list of arguments, a mapping of kwargs, or an ``Example``.
+
+        Raises ``InputError`` for anything else, saying what to pass instead.
+        """
         if isinstance(value, Example):
             return value
         if isinstance(value, Tensor):
             return cls((value,))
         if isinstance(value, Mapping):
+            odd = [key for key in value if not isinstance(key, str)]
+            if odd:
+                raise InputError(
+                    f"A mapping is an example's keyword arguments, so its keys must be strings, not {odd[0]!r}. A "
+                    "model that takes the mapping itself: resect.Example((mapping,))."
+                )
             return cls((), dict(value))
         if isinstance(value, (tuple, list)):
             return cls(tuple(value))
         raise InputError(
             f"An example must be a tensor, a tuple of arguments, a mapping of keyword arguments or a "
-            f"resect.Example, not {type(value).__name__}. For instance: torch.randn(2, 3, 224, 224)."
+            f"resect.Example, not {type(value).__name__}. {_instead(value)}"
         )
 
     def run(self, model: nn.Module) -> Any:
-        """Call the model, with every tensor moved to the model's device."""
+        """Call the model on copies of the tensors, on the model's device: what it writes in place stays with it."""
         here = self.to(device_of(model))
         return model(*here.args, **here.kwargs)
 
     def to(self, device: torch.device | None) -> Example:
-        """Return the same example with its tensors on ``device`` (None: unchanged)."""
-        return self if device is None else Example(*to_device((self.args, dict(self.kwargs)), device))
+        """Return a copy of the example with its tensors on ``device`` (None: where they are).
+
+        A value that occurs twice occurs twice in the copy. Other objects that a model may write into (a cache,
+        a random generator) are copied too, where they can be.
+        """
+        copies: dict[int, Any] = {}
+
+        def copied(leaf: Any) -> Any:
+            if id(leaf) not in copies:
+                copies[id(leaf)] = _copied(leaf, device)
+            return copies[id(leaf)]
+
+        args, kwargs = tree_map(copied, (self.args, dict(self.kwargs)))
+        return Example(args, kwargs)
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of the example, in order."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
+    def __str__(self) -> str:
+        shapes = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.tensors())
+        return ", ".join(shapes) or "no tensors"
+
+
+def _instead(value: Any) -> str:
+    """Say what to pass instead of a value that is no example."""
+    if value is None:
+        return "Finding blocks means running the model once: pass what you would call it with."
+    if type(value).__name__ == "ndarray":
+        return "Pass torch.from_numpy(array)."
+    if isinstance(value, Iterator):
+        return "Pass one item of it, next(iterator); of an (inputs, target) pair the inputs."
+    if hasattr(value, "__iter__") and hasattr(value, "dataset"):
+        return "Pass one batch of it, next(iter(loader)); of an (inputs, target) pair the inputs."
+    return "For instance: torch.randn(2, 3, 224, 224)."
+
+
+def _copied(leaf: Any, device: torch.device | None) -> Any:
+    if isinstance(leaf, Tensor):
+        if leaf.is_meta and device is not None and device.type != "meta":
+            raise InputError(
+                f"The example is on the meta device, so it holds no values, and the model is on {device}. Pass a real "
+                "tensor, or move the model: model.to('meta')."
+            )
+        return leaf.detach().to(leaf.device if device is None else device, copy=True)
+    if leaf is None or callable(leaf) or isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # an object that cannot be copied is handed on as it is
+        return leaf
+
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of the first parameter or buffer; None for a model without either."""
+    """Return the device of the first parameter or buffer; None for a model without either.
+
+    None too for a model that moves its inputs by itself (accelerate's hooks, with parts of it offloaded).
+    """
+    if "_hf_hook" in model.__dict__:
+        return None
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from resect.blocks.block import Blocks
@@ -11,10 +13,12 @@ from resect.blocks.branch import describe
 from resect.blocks.example import Example
 from resect.blocks.gate import check_detached, remember
 from resect.blocks.graph import Graph
+from resect.blocks.rehearse import check_repeats, run_once
 from resect.blocks.sums import find_terms
 from resect.blocks.trace import quiet, trace
+from resect.blocks.unwrap import check_visible, eager, unwrap
 from resect.blocks.verify import verify as check
-from resect.errors import InputError, ResectError, unknown
+from resect.errors import InputError, unknown
 
 
 def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "each"] = "joint") -> Blocks:
@@ -26,7 +30,8 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
 
     Parameters
     ----------
-    model: any ``nn.Module``, not yet compiled or wrapped for several devices.
+    model: any ``nn.Module``. Of one wrapped by ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile`` the
+        model inside is taken, and blocks are named as in there; compiled parts run as written meanwhile.
     example: what the model is called with: a tensor, a tuple of positional arguments, a mapping of
         keyword arguments, or ``resect.Example(args, kwargs)``. Use a real training batch where an epsilon
         gate is to be attached: it compares with ``max|f|`` measured here.
@@ -40,39 +45,39 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
 
     Raises
     ------
-    InputError: the example does not fit the model (the model's own error is the cause).
+    InputError: the model is none, or the example does not fit it (the model's own error is the cause).
+    BlocksError: the model does not repeat itself (the first difference is shown), or it is sharded, scripted or
+        statically quantised, so that its branches cannot be seen.
     AttachError: a gate or a method is attached to the model.
     """
     if not isinstance(model, nn.Module):
-        raise InputError(f"find_blocks needs a torch.nn.Module, not {type(model).__name__}.")
-    if hasattr(model, "_orig_mod"):
-        raise InputError(
-            "This model is wrapped by torch.compile. Find the blocks of the model inside: model._orig_mod."
-        )
+        raise InputError(f"find_blocks needs a torch.nn.Module, not {_told(model)}")
     if verify not in ("joint", "each"):
         raise unknown("way to verify", verify, ("joint", "each"))
-    check_detached(model)
+    inner = unwrap(model)
+    check_visible(inner)
+    check_detached(inner)
     sample = Example.of(example)
-    with quiet(model):
-        _run_once(model, sample)
-        graph = Graph(trace(model, sample))
-        candidates, refused = describe(graph, find_terms(graph), model)
-        good, bad = check(model, sample, candidates, each=verify == "each")
-    blocks = Blocks(good, model=type(model).__name__, refused=(*refused, *bad), example=sample)
-    remember(model, blocks)
+    with eager(), quiet(inner):
+        output = run_once(inner, sample)
+        torch.manual_seed(0)
+        recorded = trace(inner, sample)
+        check_repeats(inner, sample, recorded, output)
+        graph = Graph(recorded)
+        candidates, refused = describe(graph, find_terms(graph), inner)
+        good, bad = check(inner, sample, candidates, each=verify == "each")
+    blocks = Blocks(good, model=type(inner).__name__, refused=(*refused, *bad), example=sample)
+    remember(inner, blocks)
     return blocks
 
 
-def _run_once(model: nn.Module, example: Example) -> None:
-    """Fill lazy caches before the recorded run; tell an example that does not fit from a fault of ours."""
-    try:
-        example.run(model)
-    except ResectError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in example.tensors())
-        raise InputError(
-            f"{type(model).__name__} cannot run on this example ({shapes or 'no tensors'}): "
-            f"{type(error).__name__}: {error}. Pass what you would call the model with, for instance "
-            "torch.randn(2, 3, 224, 224)."
-        ) from error
+def _told(value: Any) -> str:
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return f"the class {value.__name__}. Pass an instance: {value.__name__}(…)."
+    if isinstance(value, str):
+        return f"the string {value!r}. Build the model first, for instance timm.create_model({value!r})."
+    if isinstance(value, Mapping):
+        return (
+            f"{type(value).__name__}. If this is a state_dict, build the model and load it: model.load_state_dict(…)."
+        )
+    return f"{type(value).__name__}. A function has no modules to close: write it as a torch.nn.Module."

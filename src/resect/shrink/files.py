@@ -16,6 +16,8 @@ from resect.blocks.gate import check_detached
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, sha256_of, whole_folder
+from resect.shrink.compact import delete_layers
+from resect.shrink.history import COMPACT
 from resect.shrink.remove import take_out
 
 WEIGHTS = "model.safetensors"
@@ -80,6 +82,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
     small = copy.deepcopy(model)
     take_out(small, plan.blocks)
+    delete_layers(small, plan.evidence.get(COMPACT, {}).get("layers", ()))
     _check_fits(small, tensors, plan)
     # Tied tensors are stored once: strict=False after the check above, which knows about ties.
     small.load_state_dict(tensors, strict=False)

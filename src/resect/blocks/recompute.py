@@ -1,0 +1,93 @@
+"""Gradient checkpointing: a forward pass is recomputed as it was, or the recomputation raises.
+
+Both kinds of checkpoint keep the function that they will call again. While a gate serves a forward pass
+under one, that function is wrapped, and the wrapper remembers the gate's version: so it is found out also
+when the gate was taken off since, and when two forward passes with different gates wait for one backward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+
+from resect.errors import AttachError
+
+
+class Versioned(Protocol):
+    """What is asked of a gate."""
+
+    block: Any
+    version: int
+
+    @property
+    def state(self) -> str:
+        """``open``, or anything else."""
+        ...
+
+
+class Recomputed:
+    """A checkpoint's function: raises, when called again, if a gate is not as it was the first time."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.seen: dict[Versioned, tuple[int, str]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Check every gate that served the forward pass, then recompute it."""
+        for gate, (version, state) in self.seen.items():
+            if gate.version != version and (state, gate.state) != ("open", "open"):
+                raise changed(gate)
+        return self.function(*args, **kwargs)
+
+
+def changed(gate: Versioned) -> AttachError:
+    """Return the error for a gate that is not what it was in the forward pass."""
+    return AttachError(
+        f"The gate of {gate.block.name!r} changed between a forward pass and its recomputation by gradient "
+        "checkpointing: the gradients would be wrong. Change gates, and leave their `with`, only after backward()."
+    )
+
+
+def stamp(gate: Versioned, training: bool) -> None:
+    """Note the gate's version in the checkpoint, if any, whose forward pass is running."""
+    if torch.is_grad_enabled():
+        holder, attribute = _non_reentrant(), "recompute_fn"
+    elif training:  # outside training, no gradient enabled means inference: not worth a look at the stack
+        holder, attribute = _reentrant(), "run_function"
+    else:
+        return
+    if holder is None:
+        return
+    function = getattr(holder, attribute)
+    if not isinstance(function, Recomputed):
+        function = Recomputed(function)
+        setattr(holder, attribute, function)
+    function.seen.setdefault(gate, (gate.version, gate.state))
+
+
+def _non_reentrant() -> Any:
+    """Return the frame of the checkpoint that saves tensors now: its hooks close over it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if not hooks:
+        return None
+    for cell in getattr(hooks[0], "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that is still empty
+            frame = cell.cell_contents
+            frame = frame() if isinstance(frame, weakref.ref) else frame
+            if hasattr(frame, "recompute_fn"):
+                return frame
+    return None
+
+
+def _reentrant() -> Any:
+    """Return the context of the checkpoint function on the stack, torch's or one written like it."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:2] == ("ctx", "run_function"):
+            return frame.f_locals["ctx"]
+        frame = frame.f_back
+    return None

@@ -1,0 +1,72 @@
+"""A plan that grows as a model is cut again and again, always in the names of the uncut model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from resect.blocks.block import ResidualBlock
+from resect.blocks.plan import Plan
+
+COMPACT = "compact"
+"""Key of a plan's evidence that holds what ``compact`` did."""
+
+
+def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None = None) -> Plan:
+    """Return the plan of all that is gone from a model.
+
+    Parameters
+    ----------
+    earlier: the plan of what was gone before this cut.
+    plan: what this cut took, in the names of the model that was cut.
+    compacted: what ``compact`` returned after this cut.
+    """
+    past = earlier.evidence.get(COMPACT, {}) if earlier is not None else {}
+    moved = past.get("moved", {})
+    evidence = {**(earlier.evidence if earlier is not None else {}), **plan.evidence}
+    if compacted is not None:
+        evidence[COMPACT] = _merged(past, compacted)
+    blocks = tuple(_translated(block, moved) for block in plan.blocks)
+    scores = {original(name, moved): score for name, score in plan.scores.items()}
+    return replace(
+        plan,
+        blocks=(*(earlier.blocks if earlier is not None else ()), *blocks),
+        scores={**(earlier.scores if earlier is not None else {}), **scores},
+        evidence=evidence,
+    )
+
+
+def original(name: str, moved: Mapping[str, str]) -> str:
+    """Translate a module's path, a parameter's key or a block's name to what it was before layers went."""
+    end = len(name)
+    while end > 0:
+        if name[:end] in moved:
+            return moved[name[:end]] + name[end:]
+        end = max(name.rfind(mark, 0, end) for mark in "./@")
+    return name
+
+
+def _merged(past: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    before = past.get("moved", {})
+    touched = {*now["moved"].values(), *now["layers"]}
+    moved = {new: old for new, old in before.items() if new not in touched}
+    moved |= {new: original(old, before) for new, old in now["moved"].items()}
+    return {
+        "layers": [*past.get("layers", []), *(original(layer, before) for layer in now["layers"])],
+        "moved": {new: old for new, old in moved.items() if new != old},
+        "keys": {new: original(old, before) for new, old in now["keys"].items()},
+        "kept": {original(layer, before): reason for layer, reason in now["kept"].items()},
+    }
+
+
+def _translated(block: ResidualBlock, moved: Mapping[str, str]) -> ResidualBlock:
+    if not moved:
+        return block
+
+    def translate(value: Any) -> Any:
+        if isinstance(value, str):
+            return original(value, moved)
+        return type(value)(map(translate, value)) if isinstance(value, (list, tuple)) else value
+
+    return ResidualBlock.from_json({name: translate(value) for name, value in block.to_json().items()})
