@@ -42,7 +42,9 @@ def built(family):
 def place_of_branch(model, x, block):
     """Find the addition and operand of a block by what its end module returned."""
     caught = []
-    handle = model.get_submodule(block.modules[block.end]).register_forward_hook(lambda m, a, out: caught.append(copy.deepcopy(out)))
+    handle = model.get_submodule(block.modules[block.end]).register_forward_hook(
+        lambda m, a, out: caught.append(copy.deepcopy(out))
+    )
     with torch.no_grad(), SumRecorder() as recorder:
         model(x)
     handle.remove()

@@ -126,6 +126,7 @@ def test_what_cannot_be_controlled_is_refused_with_its_reason(case):
     assert reason in blocks.refused[0].reason
 
 
+# ruff: noqa: E501
 def after_the_last_module():
     return {
         "a function": (OneBlock(lambda m, x: x + torch.tanh(m.f(x)), f=nn.Linear(4, 4)), lambda m, x, g: x + g(torch.tanh(m.f(x)))),

@@ -149,7 +149,8 @@ def test_with_every_branch_left_out_it_is_a_lesion_while_training_and_open_in_ev
             assert (mine.grad is None) == (theirs.grad is None), name
             assert mine.grad is None or torch.equal(mine.grad, theirs.grad), name
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
-        assert torch.equal(model.eval()(x), twin.eval()(x))
+        with torch.no_grad():  # with gradients, a net that is frozen in part would take another attention kernel
+            assert torch.equal(model.eval()(x), twin.eval()(x))
 
 
 @every_family

@@ -71,6 +71,9 @@ class InFlight:
     def __hash__(self) -> int:
         return id(self)
 
+    def __getitem__(self, key: Any) -> Any:
+        return type(self).__torch_function__(operator.getitem, (), (self, key))
+
 
 def settled(value: InFlight) -> Any:
     """Return what became of a value that was added to in place; itself if nothing did."""
@@ -98,7 +101,6 @@ for _name in ("add", "sub", "mul", "pow"):
 InFlight.__itruediv__ = _operator(Tensor.div_)  # type: ignore[attr-defined]
 for _name in ("neg", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(InFlight, f"__{_name}__", _operator(getattr(torch, {"invert": "bitwise_not"}.get(_name, _name))))
-InFlight.__getitem__ = _operator(operator.getitem)  # type: ignore[attr-defined]
 
 
 class Absent(InFlight):
@@ -119,7 +121,7 @@ class Absent(InFlight):
 
     def meet(self, func: Callable[..., Any], left: Any, right: Any, kwargs: dict[str, Any]) -> Any:
         """``x + Absent`` is ``x`` at the block's own addition, an Absent before it."""
-        other = right if left is self else left
+        other: Any = right if left is self else left
         name = getattr(func, "__name__", "")
         if not isinstance(other, (Tensor, InFlight)):
             return self  # a number changes no value that was not computed
@@ -133,7 +135,8 @@ class Absent(InFlight):
             # must not reach the shortcut's own tensor.
             in_place = name.endswith("_") and name not in ("__add__", "__radd__", "__sub__")
             return other.clone() if self.clone and not in_place and isinstance(other, Tensor) else other
-        value = -other if name in _DIFFERENCES else other
+        shortcut: Any = other
+        value = -shortcut if name in _DIFFERENCES else shortcut
         value = value.clone() if self.clone and isinstance(value, Tensor) else value
         if name in ("add_", "sub_", "subtract_"):
             self.result = value

@@ -23,7 +23,7 @@ class ResidualBlock:
     """
 
     name: str
-    """``<owner>/<branch module with most parameters>``: ``layer3.4/conv1``, ``blocks.5/attn``; ``…@2``: its third call."""
+    """``<owner>/<branch module with most parameters>``: ``layer3.4/conv1``; ``…@2``: the module's third call."""
     owner: str
     """The innermost module that holds both the branch and the addition."""
     index: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from resect.blocks.graph import Graph
 from resect.blocks.naming import innermost, part_of, unique
 from resect.blocks.sums import Term, drop_nested, views_back
 from resect.blocks.trace import Call
+from resect.blocks.weights import has_weights
 
 
 def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[ResidualBlock], list[Refusal]]:
@@ -19,13 +19,24 @@ def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[Re
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found: list[ResidualBlock] = []
     refused: list[Refusal] = []
-    for term in drop_nested(graph, [term for term in terms if graph.parameters(term.nodes) or not term.nodes], sizes):
+    for term in drop_nested(graph, [term for term in terms if not term.nodes or _has_weights(graph, term)], sizes):
         try:
             found.append(block_of(graph, term, sizes, len(found)))
         except Refused as refusal:
             where = graph.trace.calls[graph.nodes[term.sum].call].name if graph.nodes[term.sum].call >= 0 else ""
             refused.append(Refusal(where or type(model).__name__, str(refusal)))
     return unique(found), refused
+
+
+def _has_weights(graph: Graph, term: Term) -> bool:
+    """Whether a branch has weights: parameters, or what a quantised module holds in their place."""
+    if graph.parameters(term.nodes):
+        return True
+    return any(
+        has_weights(call.module) and set(own) <= term.nodes
+        for call in graph.trace.calls
+        if (own := _all_nodes(graph, call))
+    )
 
 
 class Refused(Exception):
@@ -58,7 +69,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
     own = [name for name in sizes if name in raw or name.startswith(inside)]
     own = [name for name in own if not graph.parameters_users(name) - term.nodes]
     end, leaf, exact, reason = _end(graph, term, calls, raw, entries)
-    weights = [call for call in calls if any(True for _ in call.module.parameters())]
+    weights = [call for call in calls if has_weights(call.module)]
     block = ResidualBlock(
         name=_name(name_of_owner, weights or calls),
         owner=name_of_owner,
@@ -116,7 +127,7 @@ def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
     for call in largest:
         others = [other for other in calls if other.module is call.module and other.index not in within]
         # Without weights it passes an Absent on; a module of this branch alone is intercepted at every call.
-        if others and not any(True for _ in call.module.parameters()):
+        if others and not has_weights(call.module):
             continue
         if others or all(earlier.module is not call.module for earlier in kept):
             kept.append(call)
@@ -160,9 +171,7 @@ def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) 
         return node in made or any(graph.descends(node, other) for other in made)
 
     return tuple(
-        name
-        for name in raw
-        if any(not meets(user) for user in graph.parameters_users(name) if user in term.nodes)
+        name for name in raw if any(not meets(user) for user in graph.parameters_users(name) if user in term.nodes)
     )
 
 
@@ -224,5 +233,3 @@ def _is_written_into(graph: Graph, term: Term) -> bool:
     node, operand = term.exits[0]
     found = graph.nodes[node]
     return operand == 0 and found.op in ("aten::add_", "aten::sub_") and not found.function.startswith("__")
-
-

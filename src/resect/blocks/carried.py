@@ -25,7 +25,7 @@ class Carried(InFlight):
 
     def meet(self, func: Callable[..., Any], left: Any, right: Any, kwargs: dict[str, Any]) -> Any:
         """Join every branch of the sum with the other operand."""
-        other = right if left is self else left
+        other: Any = right if left is self else left
         if not isinstance(other, (Tensor, InFlight)):
             return self.pass_through(func, (left, right), kwargs)
         if self.pending:
@@ -40,13 +40,13 @@ class Carried(InFlight):
             return other.meet(func, left, right, kwargs)
         name = getattr(func, "__name__", "")
         sign, alpha = (-1 if "sub" in name else 1), kwargs.get("alpha", 1)
-        value = other
+        value: Any = other
         if left is self and (sign != 1 or alpha != 1):
             value = other * (sign * alpha)
         for branch, acting in self.terms:
             changed = acting.change(branch)
             value = acting.join(value, changed if left is self or sign * alpha == 1 else changed * (sign * alpha))
-        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
         if in_place and left is self:
             self.result = value
         return left.copy_(value) if in_place and isinstance(left, Tensor) else value

@@ -12,6 +12,7 @@ from torch import nn
 from resect.blocks.block import Blocks, Key, ResidualBlock
 from resect.blocks.install import install, strip
 from resect.blocks.state import PORT, Gate, Mode
+from resect.blocks.unwrap import unwrap
 from resect.errors import AttachError, BlocksError, InputError, check_all
 
 REMOVED = "removed"
@@ -33,6 +34,7 @@ def resolve(model: nn.Module, which: Which) -> Blocks:
     Raises ``BlocksError`` if names are given for a model whose blocks were never found, or if the blocks
     belong to another model.
     """
+    model = unwrap(model)
     if not isinstance(which, Blocks):
         which = [which] if isinstance(which, (str, int, ResidualBlock)) else list(which)
         if model in _found:
@@ -71,6 +73,7 @@ class Gates:
         mode: Mode = None,
     ) -> None:
         self.blocks = resolve(model, which)
+        model = unwrap(model)
         modules = dict(model.named_modules())
         self._gates = {b.name: Gate(b, holder, modules[b.owner], mode) for b in self.blocks}
         if exclusive:

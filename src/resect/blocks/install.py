@@ -11,6 +11,7 @@ from resect.blocks.block import ResidualBlock
 from resect.blocks.frame import Frame
 from resect.blocks.intercept import Part, Port, port_of, release
 from resect.blocks.state import PORT, Gate
+from resect.blocks.upkeep import Upkeep
 from resect.errors import AttachError
 
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -21,7 +22,7 @@ def install(modules: Mapping[str, nn.Module], gate: Gate, undo: ExitStack) -> No
     block = gate.block
     for position, name in enumerate(block.modules):
         module = modules[name]
-        part = _part(port_of(module), block, position)
+        part = _part(port_of(module), block, position, Upkeep.of(modules[""], name))
         part.gates.append(gate)
         undo.callback(_take_off, module, part, gate)
         if block.calls[position] is not None:
@@ -45,7 +46,7 @@ def _above(names: tuple[str, ...]) -> set[str]:
     return {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 1)}
 
 
-def _part(port: Port, block: ResidualBlock, position: int) -> Part:
+def _part(port: Port, block: ResidualBlock, position: int, upkeep: Upkeep) -> Part:
     call = block.calls[position]
     for part in port.parts:
         if part.block == block and part.position == position:
@@ -56,7 +57,7 @@ def _part(port: Port, block: ResidualBlock, position: int) -> Part:
                 f"({', '.join(gate.holder for gate in part.gates)}), found under another name or on another trace. "
                 "Detach that first."
             )
-    port.parts.append(Part(block, position))
+    port.parts.append(Part(block, position, upkeep))
     return port.parts[-1]
 
 
@@ -92,6 +93,8 @@ def _fast_path_back(module: nn.Module) -> None:
 
 def _take_off(module: nn.Module, holder: Part | Frame, gate: Gate) -> None:
     port = port_of(module)
+    if gate.state != "open":
+        gate.version += 1  # a recomputation after this must not pass for the forward pass it repeats
     holder.gates[:] = [other for other in holder.gates if other is not gate]
     if not holder.gates:
         port.parts = [part for part in port.parts if part is not holder]
@@ -105,4 +108,3 @@ def strip(model: nn.Module) -> None:
         if PORT in module.__dict__:
             module.__dict__[PORT] = Port()
             release(module)
-

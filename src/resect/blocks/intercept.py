@@ -22,13 +22,15 @@ from resect.blocks.frame import Frame, fast_path_off
 from resect.blocks.state import PORT, Acting, Gate
 from resect.blocks.template import pick, replaced
 from resect.blocks.twin import absent_output
+from resect.blocks.upkeep import Upkeep
 from resect.errors import AttachError
 
 
 class Part:
     """What one module, at one or all of its calls, is in one block; and the gates of that block."""
 
-    def __init__(self, block: ResidualBlock, position: int) -> None:
+    def __init__(self, block: ResidualBlock, position: int, upkeep: Upkeep) -> None:
+        self.upkeep = upkeep
         self.block = block
         self.position = position
         self.call = block.calls[position]
@@ -36,8 +38,10 @@ class Part:
         self.gates: list[Gate] = []
 
     def absent(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Build what the module returns while its block is closed."""
+        """Build what the module returns while its block is closed; a cache keeps its length."""
         block = self.block
+        if self.upkeep:
+            self.upkeep.keep(args, kwargs)
         # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
         clone = block.clone or module.training
         template, pending = block.templates[self.position], block.pending[self.position]
@@ -84,7 +88,8 @@ class Port:
     @property
     def gates(self) -> list[Gate]:
         """Every gate that this module serves."""
-        return [gate for holder in (*self.parts, *self.frames) for gate in holder.gates]
+        holders: list[Part | Frame] = [*self.parts, *self.frames]
+        return [gate for holder in holders for gate in holder.gates]
 
     def next_call(self) -> int | None:
         """Return the number of the call that begins; None outside the module in which calls are counted."""

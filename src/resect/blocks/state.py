@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.blocks.block import ResidualBlock
+from resect.blocks.recompute import changed, stamp
 from resect.errors import AttachError
 
 PORT = "_resect_port"
@@ -83,15 +84,11 @@ class Gate:
 
     def note_forward(self) -> None:
         """Raise if a recomputation in a backward pass sees another state than the forward pass did."""
-        if self.seen_version == self.version:
-            return
         if torch._C._current_graph_task_id() == -1:
             self.seen_version = self.version
-        else:
-            raise AttachError(
-                f"The gate of {self.block.name!r} changed between a forward pass and its recomputation by "
-                "gradient checkpointing: the gradients would be wrong. Change gates only after backward()."
-            )
+            stamp(self, self.owner.training)
+        elif self.seen_version != self.version:
+            raise changed(self)
 
     def __repr__(self) -> str:
         return f"<Gate {self.block.name}: {self.state}>"

@@ -88,9 +88,8 @@ def operands_of(graph: Graph, outer: Node, joined: set[int]) -> list[Operand]:
 
 def _has_bias(graph: Graph, inner: Node, outer: Node, place: int) -> bool:
     """Whether a partial sum is a branch and its bias: ``x + (x @ w + b)``."""
-    assert inner.operands and outer.operands
-    other = outer.operands[1 - place]
-    return graph.descends(inner.index, other) and not all(graph.dependent[node] for node in inner.operands)
+    other = (outer.operands or ())[1 - place]
+    return graph.descends(inner.index, other) and not all(graph.dependent[node] for node in inner.operands or ())
 
 
 def _identity(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
@@ -175,7 +174,11 @@ def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
         plain = all(graph.nodes[node].op.removeprefix("aten::") in _ELEMENTWISE for node in light)
         sources = {source for node in light for source in graph.nodes[node].inputs} - light
         gated = sum(graph.dependent[source] for source in sources) > 1  # by a value, not by a number
-        if plain and gated and any(graph.descends(branch.value, source) and _is_factor(graph, light, source) for source in sources):
+        if (
+            plain
+            and gated
+            and any(graph.descends(branch.value, source) and _is_factor(graph, light, source) for source in sources)
+        ):
             exits = ((branch.addition, branch.place),)
             return [Term(outer.index, branch.value, exits, "reshape", heavy)]
     return []

@@ -116,5 +116,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [
         tensor
         for leaf in leaves
-        for tensor in ([leaf] if isinstance(leaf, Tensor) else tensors_in(leaf) if dataclasses.is_dataclass(leaf) else [])
+        for tensor in (
+            [leaf] if isinstance(leaf, Tensor) else tensors_in(leaf) if dataclasses.is_dataclass(leaf) else []
+        )
     ]

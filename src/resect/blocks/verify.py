@@ -175,9 +175,7 @@ class _Check:
         """Say how a function on the branch end disagrees with the oracle, "" if it does not."""
         draw = random.Random(1)
         functions = [Affine(draw.uniform(0.5, 1.0), draw.uniform(0.05, 0.1)) for _ in candidates]
-        expected = self.run(
-            {place: f for c, f in zip(candidates, functions, strict=True) for place in c.places}
-        )
+        expected = self.run({place: f for c, f in zip(candidates, functions, strict=True) for place in c.places})
         handle = Gates(self.model, Blocks(candidates))
         try:
             for gate, function in zip(handle, functions, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +18,12 @@ from resect.blocks.plan import Plan
 from resect.blocks.state import Gate
 from resect.blocks.trace import quiet
 from resect.blocks.twin import absent_output, meta_copy
+from resect.blocks.unwrap import unwrap
+from resect.blocks.upkeep import Upkeep
 from resect.blocks.verify import compare, observe
 from resect.errors import BlocksError, InputError, ProofError
+from resect.shrink.compact import compact as delete_emptied
+from resect.shrink.history import grown
 
 Names = Plan | Blocks | str | Iterable[str]
 
@@ -32,9 +35,10 @@ class Removed(nn.Module):
     values that were not computed.
     """
 
-    def __init__(self, block: ResidualBlock, position: int, original: nn.Module) -> None:
+    def __init__(self, block: ResidualBlock, position: int, original: nn.Module, upkeep: Upkeep) -> None:
         super().__init__()
         self.block = block
+        self.upkeep = upkeep
         self._position = position
         self.__dict__["_resect_twin"] = meta_copy(original)
         self._device = next((tensor.device for tensor in (*original.parameters(), *original.buffers())), None)
@@ -42,6 +46,8 @@ class Removed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's recorded output with an Absent for every tensor."""
         block, place = self.block, self._position
+        if self.upkeep:
+            self.upkeep.keep(args, kwargs)
         clone = block.clone or self.training
         return absent_output(block.templates[place], block.pending[place], clone, block.zeros, self, args, kwargs)
 
@@ -59,7 +65,9 @@ class Removed(nn.Module):
         return self.block.name
 
 
-def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = False) -> nn.Module:
+def remove(
+    model: nn.Module, blocks: Blocks, plan: Names, *, compact: bool = False, in_place: bool = False
+) -> nn.Module:
     """Take residual blocks out of a model, and prove the result equal to the model with them closed.
 
     A model can be cut again and again: find the blocks of what is left, and the plan grows.
@@ -69,6 +77,8 @@ def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = Fa
     model: the model; left alone unless ``in_place``.
     blocks: its blocks, from ``find_blocks(model, example)``; the proof runs on that example.
     plan: a ``Plan``, or the names of the blocks to go.
+    compact: delete the layers that are left without any block from their containers, renumber what follows and
+        repair the model's own bookkeeping (``layer_idx``, a transformers ``config``); see ``docs/removing.md``.
     in_place: change ``model`` itself instead of a copy.
 
     Returns
@@ -83,6 +93,7 @@ def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = Fa
     AttachError: a gate or method is still attached.
     """
     blocks = resolve(model, blocks)
+    model = unwrap(model)
     plan = Plan.of(blocks, plan)
     if not plan.blocks:
         raise InputError("The plan removes nothing. Name at least one block, for instance blocks.names[-1].")
@@ -102,13 +113,12 @@ def remove(model: nn.Module, blocks: Blocks, plan: Names, *, in_place: bool = Fa
                 difference = compare(expected, observe(small, blocks.example, blocks))
             if difference:
                 raise ProofError(f"Removing {', '.join(plan.names)} does not give the closed model: {difference}.")
+            deleted = delete_emptied(small, blocks.example) if compact else None
         except BaseException:
             put_back(small, originals)
             raise
-    earlier = getattr(model, "resect_plan", None)
-    if isinstance(earlier, Plan):  # cut before: the plan says all that is gone
-        plan = replace(plan, blocks=(*earlier.blocks, *plan.blocks))
-    small.resect_plan = plan  # type: ignore[assignment]
+    earlier = getattr(model, "resect_plan", None)  # cut before: the plan says all that is gone
+    small.resect_plan = grown(earlier if isinstance(earlier, Plan) else None, plan, deleted)  # type: ignore[assignment]
     return small
 
 
@@ -137,7 +147,7 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
             originals[name] = parent._parameters.pop(attribute)
             parent.__dict__[attribute] = stand_in
         for position, name in enumerate(block.modules):
-            stub = Removed(block, position, modules[name]).train(modules[name].training)
+            stub = Removed(block, position, modules[name], Upkeep.of(model, name)).train(modules[name].training)
             for path, parent in [(path, parent) for path, parent in model.named_modules()]:
                 for attribute, child in list(parent._modules.items()):
                     if child is modules[name]:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from resect.blocks.example import Forward, device_of, forward_batch
 from resect.blocks.gate import Gates, Which, check_number
-from resect.blocks.state import Gate
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.blocks.response import look_on_example
+from resect.blocks.state import Gate
 from resect.errors import InputError, check_all
 from resect.train.method import Method
 from resect.train.muted import MutedCount
