@@ -37,7 +37,7 @@ SEQ2SEQ: list[Row] = [
     _bart("BartForConditionalGeneration"),
     _bart("MBartForConditionalGeneration", "2 per encoder + 3 per decoder layer, norms before"),
     _bart("PegasusForConditionalGeneration"),
-    _bart("PegasusXForConditionalGeneration", "2 per encoder layer for tokens and 2 for global tokens (nobody reads the "
+    _bart("PegasusXForConditionalGeneration", "2 per encoder layer for tokens, 2 for global tokens (nobody reads the "
           "last layer's), 3 per decoder layer (Phang 2022)", 12, length=16, num_global_tokens=2, block_size=8),
     _bart("BigBirdPegasusForConditionalGeneration", attention_type="original_full"),
     _bart("MarianMTModel"),
