@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -74,9 +75,9 @@ def check_visible(model: nn.Module) -> None:
     total = sum(1 for _ in model.parameters())
     if on_meta and any("_hf_hook" in module.__dict__ for module in model.modules()):
         raise BlocksError(
-            f"{len(on_meta)} of the model's {total} parameters are offloaded by accelerate (for instance {on_meta[0]!r}): "
-            "they are there only while their own module runs. Find the blocks before offloading, or on a copy on the "
-            "meta device: their names hold here too."
+            f"{len(on_meta)} of {total} parameters are offloaded by accelerate (for instance {on_meta[0]!r}), "
+            "there only while their own module runs. Find the blocks before offloading, or on a copy "
+            "on the meta device: their names hold here too."
         )
     if 0 < len(on_meta) < total:
         raise BlocksError(
@@ -101,10 +102,11 @@ def _is_statically_quantised(module: nn.Module) -> bool:
 def eager() -> Iterator[None]:
     """Run parts that torch.compile compiled (``module.compile()``, a compiled child or function) as written.
 
-    A compiled part calls no module, so nothing of it could be traced.
+    A compiled part calls no module, so nothing of it could be traced. Checkpointed parts do not warn that no
+    gradient will flow: none is wanted.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
