@@ -47,7 +47,8 @@ def test_wheel_and_sdist_hold_what_they_must(built):
         "resect/py.typed",
         "resect/lab/recipes/digits-plain.toml",
         "resect/report/template.html.j2",
-        "resect/cli.py",
+        "resect/cli/__init__.py",
+        "resect/__init__.pyi",
     ):
         assert wanted in names
     assert not any(name.startswith(("tests/", "src/")) for name in names)

@@ -1,60 +1,51 @@
 """Find, train, analyse and cut the residual blocks of any PyTorch model."""
 
+import importlib
+import sys
+
 __version__ = "0.1.0"
 
-# The imports are in the order of the story: find, train, analyse, shrink.
-# isort: off
-from resect.errors import ResectError
-from resect.blocks.example import Example
-from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.find import find_blocks
-from resect.blocks.gate import closed, detach, gates
-from resect.train import schedules
-from resect.train.stochastic_depth import StochasticDepth
-from resect.train.residual_droppath import ResidualDroppath
-from resect.train.epsilon_gate import EpsilonGate
-from resect.train.adaptive_lr import AdaptiveLR
-from resect.train.effective_paths import EffectivePaths
-from resect.train.random_subset import RandomSubset
-from resect.train.controls import CONTROLS, droppath_control
-from resect.train.recalibrate import recalibrate
-from resect.analyse.lesion import LesionStudy, lesion_study
-from resect.analyse.paths import path_lengths
-from resect.analyse.gradients import PathGradients, path_gradients
-from resect.blocks.plan import Plan
-from resect.shrink.rank import Ranking, rank
-from resect.shrink.remove import remove
-from resect.shrink.files import load, save
-# isort: on
+# The public names in the order of the story: find, train, analyse, shrink. Each module is imported when one of
+# its names is first used, so that `resect --help` need not wait for torch. `__init__.pyi` says the same to type
+# checkers and editors; a test compares the two.
+_STORY = {
+    "errors": ["ResectError"],
+    "blocks.example": ["Example"],
+    "blocks.block": ["Blocks", "ResidualBlock"],
+    "blocks.find": ["find_blocks"],
+    "blocks.gate": ["closed", "detach", "gates"],
+    "train.schedules": ["schedules"],
+    "train.stochastic_depth": ["StochasticDepth"],
+    "train.residual_droppath": ["ResidualDroppath"],
+    "train.epsilon_gate": ["EpsilonGate"],
+    "train.adaptive_lr": ["AdaptiveLR"],
+    "train.effective_paths": ["EffectivePaths"],
+    "train.random_subset": ["RandomSubset"],
+    "train.controls": ["CONTROLS", "droppath_control"],
+    "train.recalibrate": ["recalibrate"],
+    "analyse.lesion": ["LesionStudy", "lesion_study"],
+    "analyse.paths": ["path_lengths"],
+    "analyse.gradients": ["PathGradients", "path_gradients"],
+    "blocks.plan": ["Plan"],
+    "shrink.rank": ["Ranking", "rank"],
+    "shrink.remove": ["remove"],
+    "shrink.files": ["load", "save"],
+}
+_ROOMS = ("errors", "files", "blocks", "train", "analyse", "shrink")
+_HOME = {name: f"resect.{module}" for module, names in _STORY.items() for name in names}
 
-__all__ = [
-    "CONTROLS",
-    "AdaptiveLR",
-    "Blocks",
-    "EffectivePaths",
-    "EpsilonGate",
-    "Example",
-    "LesionStudy",
-    "PathGradients",
-    "Plan",
-    "RandomSubset",
-    "Ranking",
-    "ResectError",
-    "ResidualBlock",
-    "ResidualDroppath",
-    "StochasticDepth",
-    "closed",
-    "detach",
-    "droppath_control",
-    "find_blocks",
-    "gates",
-    "lesion_study",
-    "load",
-    "path_gradients",
-    "path_lengths",
-    "rank",
-    "recalibrate",
-    "remove",
-    "save",
-    "schedules",
-]
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"resect.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'resect' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    home = importlib.import_module(_HOME[name])
+    globals()[name] = value = getattr(home, name, home)  # `schedules` is a module itself
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 from collections.abc import Iterable
 
 
@@ -42,15 +44,49 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> InputError:
 
     Returned, not raised, so that the caller's line is the one in the traceback.
     """
-    known = list(valid)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    known = list(dict.fromkeys(valid))
+    near = nearest(str(name), known)
     if near:
         hint = f"Did you mean {' or '.join(map(repr, near))}?"
     elif known:
-        hint = f"Valid: {quoted(known)}."
+        hint = f"Valid: {quoted(known, 8 if len(known) < 50 else 4)}."
     else:
         hint = "There are none."
     return InputError(f"Unknown {what} {str(name)!r}. {hint}")
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The names that ``name`` probably means, the likeliest first; [] where none is near.
+
+    Case, punctuation and a library's ``timm:`` do not count. A name that differs in nothing else is meant alone; else
+    those that begin with it, the shortest first; else those spelt alike.
+    """
+
+    def bare(text: str) -> str:
+        return re.sub(r"[\W_]+", "", text.lower())
+
+    names = list(known)
+    library = name.partition(":")[0] + ":"
+    prefix = library if all(other.startswith(library) for other in names) else ""
+    owners = "/" not in name  # a block may be named by its owner, without what follows the slash
+    plain = {other: bare(other.removeprefix(prefix).partition("/" if owners else "\0")[0]) for other in names}
+    wanted = bare(name.removeprefix(prefix))
+    if len(wanted) < 2:
+        return []
+    same = [other for other, text in plain.items() if text == wanted]
+    begun = [other for other, text in plain.items() if len(wanted) > 2 and text.startswith(wanted)]
+    if same or begun:
+        return (same or sorted(begun, key=len))[:limit]
+    alike = difflib.get_close_matches(wanted, list(dict.fromkeys(plain.values())), n=20, cutoff=0.65)
+    ratio = {text: round(difflib.SequenceMatcher(None, text, wanted).ratio(), 2) for text in alike}
+    # Names of one stage begin alike; the second and third only where they are nearly as near as the first.
+    good = sorted(alike, key=lambda text: (ratio[text], _begin_alike(text, wanted)), reverse=True)
+    good = [text for text in good if ratio[text] > ratio[good[0]] - 0.08]
+    return [other for text in good for other in names if plain[other] == text][:limit]
+
+
+def _begin_alike(one: str, other: str) -> int:
+    return sum(itertools.accumulate((a == b for a, b in zip(one, other, strict=False)), min))
 
 
 def check_all(problems: Iterable[str], summary: str, error: type[ResectError] = InputError) -> None:

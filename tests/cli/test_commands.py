@@ -9,29 +9,7 @@ import signal
 
 import pytest
 
-from resect import cli
-
 TINY = ["model.name=cifar-preresnet-14", "model.options={widths = [4, 4, 8]}", "train.epochs=2"]
-
-
-@pytest.fixture
-def resect(monkeypatch, capsys, tmp_path):
-    """Run ``resect …`` in an empty folder; return (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str):
-        monkeypatch.setattr("sys.argv", ["resect", *arguments])
-        cli.out.file = cli.err.file = None
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_find_shows_a_table_and_json(resect):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import resect
@@ -39,13 +38,11 @@ class Opened:
         method = self.recipe.method if self.recipe is not None else None
         return isinstance(method, EpsilonGateConfig) and not hasattr(self.model, "resect_plan")
 
-    def example(self, size: int | None = None) -> Tensor:
-        """Return a batch to find blocks with: training images where there are any, else noise (2, C, H, W)."""
+    def example(self, size: int | None = None) -> Tensor | dict[str, Tensor]:
+        """Return a batch to find blocks with: training images where there are any, else noise by the model's name."""
         if self.data is not None:
             return self.data.sample("train", 64)[0]
-        channels, height, width = registry.input_size(self.name, self.model)
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(2, channels, size or height, size or width, generator=generator)
+        return registry.example(self.name, self.model, size)
 
     def test_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (images, labels) of the test split, normalised as in training."""
@@ -62,7 +59,9 @@ class Opened:
 
 
 def open_model(name: str, options: Sequence[str] = (), data: str | None = None) -> Opened:
-    """Open ``name``: ``cifar-resnet-110``, ``timm:NAME``, ``torchvision:NAME``, a run's or a cut model's folder.
+    """Open ``name``: ``cifar-resnet-110``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, or a folder.
+
+    A folder is that of a run, of a cut model, or one that transformers saved.
 
     ``options`` are ``key=value`` for a model by name; ``data`` names the data set, where the model brings none.
 
@@ -70,6 +69,13 @@ def open_model(name: str, options: Sequence[str] = (), data: str | None = None) 
     """
     folder = Path(name)
     looks_like_path = folder.exists() or "/" in name.partition(":")[0]
+    if folder.is_file():
+        raise FileError(
+            f"{name!r} is a file. This command takes models by name and folders; for a model of your own, in Python: "
+            "print(resect.find_blocks(model, example))."
+        )
+    if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
+        name, looks_like_path = f"hf:{name}", False
     if looks_like_path and not folder.is_dir():
         raise FileError(f"There is no folder {name!r}. Train one with: resect train digits-plain --out {name}")
     if looks_like_path:

@@ -1,4 +1,4 @@
-"""Models by name: ``cifar-resnet-110``, ``cifar-preresnet-56``, ``timm:NAME``, ``torchvision:NAME``."""
+"""Models by name: ``cifar-resnet-110``, ``cifar-preresnet-56``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from resect.errors import InputError, check_all, unknown
+from resect.lab.huggingface import build_transformers, example_for
 from resect.lab.models import CifarResNet, cifar_resnet, depth_problem
 
 # Offered as nearest names; any other depth 6n+2 works as well.
@@ -18,9 +20,10 @@ CIFAR_NAMES = [f"{family}-{depth}" for family in CIFAR_FAMILIES for depth in CIF
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """A new model, with random weights unless ``pretrained=True`` (timm and torchvision only).
+    """A new model, with random weights unless ``pretrained=True`` (not for the CIFAR ResNets).
 
-    ``options`` go to `cifar_resnet`, ``timm.create_model`` or ``torchvision.models.get_model``.
+    ``options`` go to `cifar_resnet`, ``timm.create_model``, ``torchvision.models.get_model`` or the configuration of
+    transformers.
 
     Raises:
         InputError: an unknown model or option, with the nearest valid ones, or a value the model refuses.
@@ -30,7 +33,22 @@ def build(name: str, **options: Any) -> nn.Module:
         return _build_timm(rest, options)
     if library == "torchvision" and rest:
         return _build_torchvision(rest, options)
+    if library == "hf" and rest:
+        return build_transformers(rest, options)
     return _build_cifar(name, options)
+
+
+def example(name: str, model: nn.Module, size: int | None = None) -> Tensor | dict[str, Tensor]:
+    """What ``model``, built by name, is called with: an image batch (2, C, H, W) of noise, or keyword arguments.
+
+    ``size`` replaces the height and width of images; raises ``InputError`` where the model says its input itself.
+    """
+    if name.startswith("hf:"):
+        if size is not None:
+            raise InputError(f"{name!r} says itself how large its input is: change -o image_size=… instead of --size.")
+        return example_for(model)
+    channels, height, width = input_size(name, model)
+    return torch.randn(2, channels, size or height, size or width, generator=torch.Generator().manual_seed(0))
 
 
 def fit_options(name: str, channels: int, classes: int) -> dict[str, Any]:
@@ -39,6 +57,8 @@ def fit_options(name: str, channels: int, classes: int) -> dict[str, Any]:
         return {"in_chans": channels, "num_classes": classes}
     if name.startswith("torchvision:"):
         return {"num_classes": classes}
+    if name.startswith("hf:"):
+        raise InputError(f"{name!r} does not go with --data: a data set here is of images for timm or torchvision.")
     return {"in_channels": channels, "num_classes": classes}
 
 
@@ -57,7 +77,7 @@ def _build_cifar(name: str, options: dict[str, Any]) -> nn.Module:
     family, _, depth = name.rpartition("-")
     if family not in CIFAR_FAMILIES or not depth.isdecimal():
         _suggest_library(name)
-        raise unknown("model", name, [*CIFAR_NAMES, "timm:NAME", "torchvision:NAME"])
+        raise unknown("model", name, ["timm:NAME", "torchvision:NAME", "hf:NAME", *CIFAR_NAMES])
     check_all(filter(None, [depth_problem(int(depth))]), f"Model {name!r}")
     fixed = ("depth", "preactivation")  # both are in the name
     valid = [option for option in inspect.signature(cifar_resnet).parameters if option not in fixed]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import resect
 from resect.blocks.block import Blocks
+from resect.blocks.show import part_name
 from resect.lab import registry
 from resect.lab.findings import Display, Findings
 from resect.report.cost import latency
@@ -51,5 +52,16 @@ def measure_speed(found: Findings, display: Display) -> None:
 
 def chain_rows(model: str, blocks: Blocks) -> list[dict[str, Any]]:
     """Return one row per block for the picture of the chain."""
-    columns = ("index", "name", "owner", "part", "shortcut", "parameters")
-    return [{"model": model} | {column: getattr(block, column) for column in columns} for block in blocks]
+    return [
+        {
+            "model": model,
+            "index": block.index,
+            "name": block.name,
+            "owner": block.owner or block.name,
+            "part": part_name(block.part),
+            "shortcut": block.shortcut,
+            "parameters": block.parameters,
+            "stage": getattr(block, "stage", 0) or None,
+        }
+        for block in blocks
+    ]

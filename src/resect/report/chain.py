@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import groupby, takewhile
 from typing import Any
 
 import altair as alt
 
+from resect.blocks.choose import layer_of
 from resect.report import theme
 from resect.report.schema import clean_rows
 from resect.report.theme import AMBER, BLUE, FAINT, GREEN, INK, PURPLE, SKY, SOFT, VERMILION, WIDTH
@@ -14,26 +17,44 @@ PARTS = {"conv": BLUE, "attention": VERMILION, "MLP": GREEN}
 STEM, TOP = 14, 96  # px: from the line up to the foot of a box; height of the tallest box
 
 
-def _stage(owner: str) -> str:
-    """``layer3.4`` is in stage ``layer3``; ``blocks.11`` in ``blocks``."""
-    return owner.rpartition(".")[0] or owner
+def _stage(row: dict[str, Any]) -> Any:
+    """The block's stage: its number, or else ``layer3`` for ``layer3.4``, ``blocks`` for ``blocks.11``."""
+    owner = row["owner"]
+    return row["stage"] or layer_of(owner).rpartition(".")[0] or owner
+
+
+def _common(owners: list[str]) -> str:
+    """The modules that all layers lie in: ``encoder.layer`` for ``encoder.layer.0.output`` and ``encoder.layer.1``."""
+    paths = [layer_of(owner).split(".")[:-1] or [owner] for owner in owners]
+    return ".".join(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
+def _runs(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """Runs of neighbouring blocks with one key, as brackets below the line."""
+    runs = []
+    for _, group in groupby(rows, key):
+        members = list(group)
+        first, last = members[0]["index"], members[-1]["index"]
+        owners = theme.in_order(row["owner"] for row in members)
+        layers = len(set(map(layer_of, owners)))
+        many = f" ×{layers}" if layers == len(members) else f": {theme.plural(layers, 'layer')}"
+        runs.append(
+            {
+                "first": first,
+                "last": last,
+                "from": first - 0.42,
+                "to": last + 0.42,
+                "mid": (first + last) / 2,
+                "stage": _common(owners),
+                "label": _common(owners) + many,
+            }
+        )
+    return runs
 
 
 def _stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of neighbouring blocks of one stage, as brackets below the line."""
-    runs: list[dict[str, Any]] = []
-    for row in rows:
-        stage = _stage(row["owner"])
-        if not runs or runs[-1]["stage"] != stage:
-            runs.append({"stage": stage, "first": row["index"], "last": row["index"]})
-        runs[-1]["last"] = row["index"]
-    for run in runs:
-        run |= {
-            "from": run["first"] - 0.42,
-            "to": run["last"] + 0.42,
-            "mid": (run["first"] + run["last"]) / 2,
-        }
-        run["label"] = f"{run['stage']} ×{run['last'] - run['first'] + 1}"
+    """The stages, each with a label as wide as its bracket at most."""
+    runs = _runs(rows, _stage)
     # A label wider than its bracket would run into its neighbour.
     cell = WIDTH / (len(rows) + 1.6)
     for run in runs:
@@ -45,9 +66,9 @@ def _stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The number of parameters, over the largest box of each part and stage."""
-    largest: dict[tuple[str, str], dict[str, Any]] = {}
+    largest: dict[tuple[Any, str], dict[str, Any]] = {}
     for row in rows:
-        key = (_stage(row["owner"]), row["part"])
+        key = (_stage(row), row["part"])
         if key not in largest or row["parameters"] > largest[key]["parameters"]:
             largest[key] = row
     wide = WIDTH / (len(rows) + 1.6) > 20
@@ -118,8 +139,14 @@ def _strip(model: str, rows: list[dict[str, Any]], parts: list[str], kinds: list
             tooltip=tips,
         )
     )
-    runs = [run | {"y": -14, "text": -26} for run in _stages(rows)]
-    brackets = at(runs, "from", "y").mark_rule(color=FAINT, strokeWidth=1.2).encode(x2="to:Q")
+    runs = [run | {"text": -26} for run in _stages(rows)]
+    layers_of_two = len({layer_of(row["owner"]) for row in rows}) < len(rows)
+    spans = _runs(rows, (lambda row: layer_of(row["owner"])) if layers_of_two else _stage)
+    brackets = (
+        at([{"from": span["from"], "to": span["to"], "y": -14} for span in spans], "from", "y")
+        .mark_rule(color=FAINT, strokeWidth=1.2)
+        .encode(x2="to:Q")
+    )
     names = at(runs, "mid", "text").mark_text(color=SOFT, fontSize=11).encode(text="label:N")
     sizes = (
         at(
@@ -153,8 +180,9 @@ def chain(rows: list[dict[str, Any]]) -> Any:
     kinds = [kind for kind in ("projection", "reshape") if any(row["shortcut"] == kind for row in rows)]
     strips = [_strip(model, [r for r in rows if r["model"] == model], parts, kinds) for model in models]
     identity = sum(row["shortcut"] == "identity" for row in rows)
+    many = "all" if identity == len(rows) > 1 else f"{identity} of them"
     return theme.finish(
         alt.vconcat(*strips, spacing=22),
-        f"{theme.plural(len(rows), 'residual block')} found, {identity} of them with an identity shortcut",
+        f"{theme.plural(len(rows), 'residual block')} found, {many} with an identity shortcut",
         "Box height: parameters of the branch, to scale within each model. The data flow from left to right.",
     )

@@ -11,6 +11,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from resect.errors import InputError
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
@@ -63,3 +64,18 @@ def save(chart: Any, folder: str | os.PathLike[str], name: str) -> dict[str, Any
     write_file(Path(folder) / f"{name}.svg", svg)
     write_file(Path(folder) / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
     return spec
+
+
+def save_as(chart: Any, path: str | os.PathLike[str]) -> Path:
+    """Write one picture, of the format that the suffix says: .svg, .png (2 pixels per px) or .html.
+
+    The HTML holds all it needs and works offline; its tooltips name the single blocks. Raises
+    ``InputError`` for another suffix.
+    """
+    target = Path(path)
+    if target.suffix == ".html":
+        return write_file(target, chart.to_html(inline=True))
+    svg = _steady(vl_convert.vegalite_to_svg(specification(chart), vl_version=VEGA_LITE))
+    if target.suffix not in (".svg", ".png"):
+        raise InputError(f"{str(target)!r} must end in .svg, .png or .html.")
+    return write_file(target, svg if target.suffix == ".svg" else vl_convert.svg_to_png(svg, scale=2))

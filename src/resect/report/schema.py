@@ -20,6 +20,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "part": "text",  # attention, MLP, conv, or whatever the branch is
         "shortcut": "text",  # identity, projection or reshape
         "parameters": "int",  # of the branch
+        "stage": "int?",  # from 1; without it, blocks of one container are one stage
     },
     "speed": {
         "model": "text",

@@ -1,0 +1,75 @@
+"""Choosing blocks: by what the branch is, and by stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from resect.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from resect.blocks.block import ResidualBlock
+
+
+def number_stages(blocks: Iterable[ResidualBlock]) -> list[ResidualBlock]:
+    """Return the blocks of a whole model, in order, with ``stage`` set to 1, 2, ….
+
+    A stage is a run of neighbouring blocks that lie in one numbered container (``layer3``, ``encoder.layers``)
+    and whose sums have the same shape on the example.
+    """
+    items = list(blocks)
+    found: list[dict[str, Any]] = [{"stage": number} for number in _numbers(items)]
+    return [replace(block, **change) for block, change in zip(items, found, strict=True)]
+
+
+def layer_of(owner: str) -> str:
+    """Return the layer an owner lies in: ``encoder.layer.3`` of ``encoder.layer.3.attention.output``.
+
+    That is the path up to its last number; an owner without a number is a layer by itself.
+    """
+    numbered = re.match(r"(.*\.)?\d+(?=\.|$)", owner)
+    return numbered[0] if numbered else owner
+
+
+def of_stage(blocks: Iterable[ResidualBlock], number: int) -> list[ResidualBlock]:
+    """Return the blocks of one stage; raises ``InputError`` where there is none of that number."""
+    items = list(blocks)
+    numbers = [getattr(block, "stage", 0) for block in items]
+    numbers = numbers if all(numbers) else _numbers(items)
+    found = [block for block, its in zip(items, numbers, strict=True) if its == number]
+    if found:
+        return found
+    there = ", ".join(map(str, sorted(set(numbers)))) or "none"
+    raise InputError(f"There is no stage {number} here. Stages: {there}.")
+
+
+def of_part(blocks: Iterable[ResidualBlock], part: str) -> list[ResidualBlock]:
+    """Return the blocks whose branch is ``attention``, ``mlp`` or ``conv``, in small letters or large.
+
+    Raises ``InputError`` for a part that no branch here is.
+    """
+    items = list(blocks)
+    found = [block for block in items if block.part.lower() == part.lower()]
+    if not found:
+        raise unknown("part", part, dict.fromkeys(block.part for block in items))
+    return found
+
+
+def _numbers(items: list[ResidualBlock]) -> list[int]:
+    numbers = [1] * bool(items)
+    for before, block in pairwise(items):
+        same = _place(before) == _place(block)
+        numbers.append(numbers[-1] + (not same))
+    return numbers
+
+
+def _place(block: ResidualBlock) -> tuple[str, tuple[int, ...]]:
+    return _container(block.owner), tuple(getattr(block, "shape", ()))
+
+
+def _container(owner: str) -> str:
+    """Return what precedes the first number of a path: ``encoder.block`` of ``encoder.block.3.layer.0``."""
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", owner, maxsplit=1)[0]

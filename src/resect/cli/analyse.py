@@ -1,0 +1,94 @@
+"""``resect lesion`` and ``resect paths``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from resect.cli.common import Data, Model, Options, Out, app, err, out, with_blocks
+
+
+@app.command()
+def lesion(
+    model: Model,
+    option: Options = None,
+    data: Data = None,
+    counts: Annotated[str, typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")] = "",
+    draws: Annotated[int, typer.Option(min=1, help="draws for each of them")] = 10,
+    metric: Annotated[str, typer.Option(help="top1, top5 (errors in %) or cross_entropy")] = "top1",
+    limit: Annotated[int | None, typer.Option(min=1, help="use this many test images")] = None,
+    seed: Annotated[int, typer.Option(help="of the random draws")] = 0,
+    to: Out = None,
+) -> None:
+    """Close each block of a trained model and measure (Veit et al. 2016).
+
+    Example: [bold]resect lesion runs/digits-plain --random 1,2,4,8[/bold]
+    """
+    import resect
+    from resect.lab.data import in_batches
+    from resect.lab.display import progress_bar
+    from resect.lab.open import whole_numbers
+    from resect.report.rows import write_rows
+
+    opened, blocks, images, labels = with_blocks(model, option, data, limit)
+    with progress_bar(err) as display:
+        study = resect.lesion_study(
+            opened.model,
+            blocks,
+            in_batches(images, labels, 128),
+            metric=metric,
+            random_counts=whole_numbers(counts),
+            draws=draws,
+            seed=seed,
+            progress=partial(display.steps, "lesions"),
+        )
+    out.print(str(study), highlight=False)
+    if to:
+        out.print(f"Measurements: {write_rows(to / 'lesion.csv', study.rows())}")
+
+
+@app.command()
+def paths(
+    model: Model,
+    option: Options = None,
+    data: Data = None,
+    samples: Annotated[int, typer.Option(min=0, help="single paths drawn per length; 0: the exact curve alone")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="test images")] = 64,
+    at: Annotated[str, typer.Option(help="where: first (what enters the first block), input, or a block")] = "first",
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    to: Out = None,
+) -> None:
+    """Count a model's paths by length, and split its gradient by path length (Veit et al. 2016).
+
+    Example: [bold]resect paths runs/digits-plain --samples 50[/bold]
+    """
+    from rich.table import Table
+    from torch import nn
+
+    import resect
+    from resect.lab.display import progress_bar
+    from resect.report.rows import write_rows
+
+    opened, blocks, images, labels = with_blocks(model, option, data, batch)
+    with progress_bar(err) as display:
+        found = resect.path_gradients(
+            opened.model,
+            blocks,
+            (images, labels),
+            nn.functional.cross_entropy,
+            at=at,
+            samples=samples,
+            seed=seed,
+            progress=partial(display.steps, "paths"),
+        )
+    table = Table(box=None, pad_edge=False)
+    for column in ("branches", "paths", "norm of sum (exact)", "sum of norms (sampled)", "95 % interval"):
+        table.add_column(column, justify="right")
+    for row in found.rows():
+        sampled = (f"{row['sum_of_norms']:.4g}", f"{row['low']:.4g} … {row['high']:.4g}") if samples else ("", "")
+        table.add_row(f"{row['length']:g}", f"{row['paths']:.4g}", f"{row['norm_of_sum']:.4g}", *sampled)
+    out.print(table)
+    if to:
+        out.print(f"Measurements: {write_rows(to / 'paths.csv', found.rows())}")

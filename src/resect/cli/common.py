@@ -1,0 +1,59 @@
+"""What all commands share: the app, the two consoles, arguments, opening a model with its blocks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:  # the core alone is installed
+    sys.exit(f"The resect command needs the lab: pip install 'resect[lab]' ({missing}).")
+
+from resect.errors import InputError
+
+app = typer.Typer(
+    name="resect",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, torchvision:NAME, hf:NAME, cifar-resnet-110, cifar-preresnet-56, or a run's folder"
+    ),
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="key=value for building a model by name; repeatable")
+]
+Data = Annotated[str | None, typer.Option(help="data for a model by name: digits or cifar10")]
+Out = Annotated[Path | None, typer.Option("--out", help="also write the measurements as CSV to this folder")]
+
+
+def with_blocks(model: str, option: list[str] | None, data: str | None, limit: int | None) -> tuple[Any, ...]:
+    """Open a model and its data: (opened, blocks, images, labels)."""
+    import resect
+    from resect.lab.open import open_model
+
+    opened = open_model(model, option or (), data)
+    images, labels = opened.test_images(limit)
+    blocks = resect.find_blocks(opened.model, opened.example())
+    need_blocks(opened.name, blocks)
+    if opened.recipe is None:
+        err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
+    elif opened.gated:
+        err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
+    return opened, blocks, images, labels
+
+
+def need_blocks(name: str, blocks: Any) -> None:
+    """Raise ``InputError``, with the reasons, if there is no block to work with."""
+    if not blocks:
+        raise InputError(f"No residual block of {name} can be closed." + "".join(f"\n  {r}" for r in blocks.refused))

@@ -1,0 +1,50 @@
+"""``resect shrink``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resect.cli.common import Data, Model, Options, app, err, need_blocks, out
+
+
+@app.command()
+def shrink(
+    model: Model,
+    to: Annotated[Path, typer.Option("--out", help="folder for the cut model")],
+    number: Annotated[int | None, typer.Option("--blocks", min=1, help="cut this many, those missed least")] = None,
+    names: Annotated[str | None, typer.Option(help="cut these: layer3.4,layer3.5")] = None,
+    plan: Annotated[Path | None, typer.Option(help="cut what this plan.json says")] = None,
+    option: Options = None,
+    data: Data = None,
+    limit: Annotated[int, typer.Option(min=1, help="rank on this many training images")] = 1000,
+) -> None:
+    """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
+
+    Without --blocks, --names or --plan, a run trained with the ε-gate is cut by its own plan.json.
+
+    Example: [bold]resect shrink runs/digits-epsilon --out cut[/bold]
+    """
+    import resect
+    from resect.lab.display import progress_bar
+    from resect.lab.evaluate import evaluate
+    from resect.lab.open import choose_plan, open_model, save_cut
+
+    opened = open_model(model, option or (), data)
+    blocks = resect.find_blocks(opened.model, opened.example())
+    need_blocks(opened.name, blocks)
+    with progress_bar(err) as display:
+        chosen = choose_plan(opened, blocks, number, names, plan, limit, display)
+    small = resect.remove(opened.model, blocks, chosen)
+    save_cut(small, to, opened)
+    out.print(str(chosen), highlight=False)
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
+    out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}). Proven equal to the closed model.")
+    if opened.data is not None:
+        images, labels = opened.test_images()
+        a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
+        how = " with every block open, without its gate" if opened.gated else ""
+        out.print(f"Test error: {a:.2f} %{how} → {b:.2f} %.")
+    out.print(f"The cut model is in {to}.")

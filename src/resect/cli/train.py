@@ -1,0 +1,43 @@
+"""``resect train``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resect.cli.common import app, err, out
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe that ships (digits-plain, …), a TOML file, or a run to resume")
+    ],
+    changes: Annotated[list[str] | None, typer.Argument(help="key=value, for instance train.epochs=3")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="the run's folder (default: runs/RECIPE)")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
+) -> None:
+    """Train a net by a recipe, with or without a training method on its residual blocks.
+
+    Example: [bold]resect train digits-epsilon train.epochs=10 --out runs/epsilon[/bold]
+    """
+    from resect.lab import runs
+    from resect.lab.display import progress_bar
+    from resect.lab.interrupt import Interrupted
+    from resect.lab.jobs import write_plan
+    from resect.lab.trainer import train as run
+
+    folder, wanted = runs.wanted(recipe, changes or (), to, resume)
+    again = shlex.join(["resect", "train", str(folder), "--resume"])
+    with progress_bar(err) as display:
+        tell = display.training(wanted.model.name, wanted.train.batch_size)
+        try:
+            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=err.print)
+        except Interrupted as stopped:
+            err.print(f"{stopped} Go on with:\n  {again}", soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from None
+    write_plan(result, wanted)
+    out.print(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")
