@@ -59,7 +59,7 @@ class Upkeep:
             return
         values = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
         values += [*args, *kwargs.values()]
-        cache = next((value for value in values if _is_cache(value)), None)
+        cache = next((value for value in values if is_cache(value)), None)
         if cache is None:
             return
         hidden = next(value for value in values if isinstance(value, (Tensor, Absent)))
@@ -72,7 +72,8 @@ def _index(module: nn.Module) -> int | None:
     return index if type(index) is int else None
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
+    """Say whether an argument is a key-value cache, an encoder-decoder's pair of them included."""
     if isinstance(value, (Tensor, Absent)):
         return False
     own = getattr(value, "self_attention_cache", value)

@@ -19,9 +19,10 @@ from resect.errors import InputError, ProofError, quoted
 from resect.files import write_with
 from resect.shrink.compact import gone_from
 from resect.shrink.history import COMPACT
-from resect.shrink.structure import unequal, values
+from resect.shrink.structure import differences, unequal, values
 
 _ONE_NUMBER = ("depth", "num_blocks", "num_layers", "depths", "layers")
+_TRAINING_ONLY = ("DropPath", "Dropout", "Identity")
 _PER_STAGE = ("depths", "layers", "depth", "num_blocks")
 
 
@@ -113,7 +114,7 @@ def _search(
         try:
             built = _create(name, **arguments, **options)
             built.load_state_dict(small.state_dict(), strict=True)
-            tried[shown] = _differs(built, small, example, expected)
+            tried[shown] = _made_otherwise(built, small) or _differs(built, small, example, expected)
         except TypeError as error:  # how a constructor refuses an argument
             tried[shown] = f"not an argument of it ({error})"
         except Exception as error:  # anything that a constructor may do with an argument that means something else
@@ -146,11 +147,22 @@ def _differs(built: nn.Module, small: nn.Module, example: Example, expected: lis
         return unequal(expected, values(example.run(built)))
 
 
-def _candidates(small: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the arguments that may say how many layers there are now."""
+def _made_otherwise(built: nn.Module, small: nn.Module) -> str:
+    """Say what differs in the layers whatever the example: a window's shift that goes by the layer's number."""
+    random = [p for m in (built, small) for p, part in m.named_modules() if type(part).__name__ in _TRAINING_ONLY]
+    layers = [layer for container in _containers(small) for layer in small.get_submodule(container).children()]
+    return "; ".join(differences(built, small, random, layers)[:3])
+
+
+def _containers(small: nn.Module) -> list[str]:
     plan = getattr(small, "resect_plan", None)
     layers = plan.evidence.get(COMPACT, {}).get("layers", ()) if isinstance(plan, Plan) else ()
-    containers = sorted({layer.rpartition(".")[0] for layer in layers})
+    return sorted({layer.rpartition(".")[0] for layer in layers})
+
+
+def _candidates(small: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the arguments that may say how many layers there are now."""
+    containers = _containers(small)
     if not containers:
         raise InputError("No whole layer went from this model. Remove with resect.remove(..., compact=True).")
     stages = {re.sub(r"\d+", "#", container, count=1) for container in containers}
