@@ -95,7 +95,6 @@ def test_names_classes_and_looks_do_not_change(found):
     assert type(inside) is Branch
 
 
-@pytest.mark.xfail(strict=True, reason="the swapped class is announced to the base class")
 def test_a_base_class_that_keeps_a_register_or_wants_options():
     class Registered(nn.Module):
         register = []  # noqa: RUF012
@@ -171,7 +170,6 @@ def test_a_hook_added_while_closed_survives_and_global_hooks_follow_the_gates(fo
         everywhere.remove()
 
 
-@pytest.mark.xfail(strict=True, reason="the block is refused: the calls of the shared module are counted by tensors")
 def test_a_hook_on_a_weightless_module_shared_with_the_branch_meets_an_absent_value():
     """One ``self.relu`` inside and after the branch: inside, its hook is handed the value that was not computed."""
     net = Written(lambda m, x: m.relu(x + m.g(m.relu(m.f(x)))), relu=nn.ReLU(), f=nn.Linear(4, 4), g=nn.Linear(4, 4))
@@ -332,20 +330,6 @@ def close_another_before_backward(net, blocks, x):
     return [{0}]
 
 
-SILENT = {
-    ("leave_before_backward", True, True),
-    ("leave_before_backward", True, False),
-    ("leave_before_backward", False, True),
-    ("leave_a_scale_before_backward", True, True),
-    ("leave_a_scale_before_backward", True, False),
-    ("leave_a_scale_before_backward", False, True),
-    ("leave_a_scale_before_backward", False, False),
-    ("two_forwards_one_backward", True, True),
-    ("two_forwards_one_backward", True, False),
-    ("two_forwards_one_backward", False, True),
-}
-
-
 def changes():
     for scenario in (
         leave_before_backward,
@@ -358,10 +342,8 @@ def changes():
     ):
         for reentrant in (True, False):
             for whole in (True, False):
-                wrong = (scenario.__name__, reentrant, whole) in SILENT
-                marks = pytest.mark.xfail(strict=True, reason="gates do not stamp the checkpoint yet") if wrong else ()
                 kind = f"{scenario.__name__}-{'reentrant' if reentrant else 'not'}-{'whole' if whole else 'layers'}"
-                yield pytest.param(scenario, reentrant, whole, marks=marks, id=kind)
+                yield pytest.param(scenario, reentrant, whole, id=kind)
 
 
 def expected_gradients(net, x, choices):
@@ -448,7 +430,6 @@ def test_closing_takes_effect_where_attention_has_a_fast_path():
             assert torch.equal(net(x), x + net.f(x))
 
 
-@pytest.mark.xfail(strict=True, reason="the layer is refused until its fast path is switched off while gates are on")
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_closing_takes_effect_in_a_transformer_encoder(norm_first):
     torch.manual_seed(0)
@@ -491,6 +472,9 @@ class Packed(nn.Module):
         return x @ (self.qweight.float() * self.scales)
 
 
+_SAME_CLASS = ("detach", "clone", "requires_grad_", "__deepcopy__", "__get__")
+
+
 class Wrapped8(torch.Tensor):
     """A weight that is a tensor subclass and computes by ``__torch_function__``, as torchao's are."""
 
@@ -498,17 +482,24 @@ class Wrapped8(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
         output = func(*plain, **(kwargs or {}))
-        return output.as_subclass(cls) if func.__name__ in ("detach", "clone", "requires_grad_") else output
+        return output.as_subclass(cls) if func.__name__ in _SAME_CLASS and isinstance(output, torch.Tensor) else output
 
 
-def dynamic():
-    return torch.ao.quantization.quantize_dynamic(
-        nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), {nn.Linear}, dtype=torch.qint8
-    )
+def dynamic(model):
+    with warnings.catch_warnings():  # it speaks of what will replace it
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-@pytest.mark.xfail(strict=True, reason="branches without parameters are passed over")
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(Packed(), nn.GELU(), Packed()), dynamic])
+def packed():
+    return nn.Sequential(Packed(), nn.GELU(), Packed())
+
+
+def dynamically_packed():
+    return dynamic(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
+
+
+@pytest.mark.parametrize("make", [packed, dynamically_packed])
 def test_quantised_branches_without_parameters_are_found(make):
     torch.manual_seed(0)
     net, x = nn.Sequential(*(Written(lambda m, x: x + m.f(x), f=make()) for _ in range(2))), torch.randn(2, 4)
@@ -521,7 +512,7 @@ def test_quantised_branches_without_parameters_are_found(make):
 
 def test_quantised_parts_of_a_branch_and_weights_that_are_tensor_subclasses():
     torch.manual_seed(0)
-    net = torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear}, dtype=torch.qint8)
+    net = dynamic(Net().eval())
     x = torch.randn(2, 5)
     blocks = resect.find_blocks(net, x)
     assert len(blocks) == 3
@@ -542,7 +533,7 @@ def test_quantised_parts_of_a_branch_and_weights_that_are_tensor_subclasses():
 
 def test_what_counts_as_weights():
     assert has_weights(nn.Sequential(nn.ReLU(), Packed()))
-    assert has_weights(dynamic())
+    assert has_weights(dynamically_packed())
     assert has_weights(nn.Linear(2, 2))
     table = nn.Module()
     table.register_buffer("relative_position_index", torch.zeros(4, 4, dtype=torch.long))
@@ -601,7 +592,6 @@ def test_tied_weights():
     assert torch.equal(small(tokens), net.head(net.embed(tokens)))
 
 
-@pytest.mark.xfail(strict=True, reason="only the first of the two names is taken out")
 def test_a_module_registered_under_two_names_is_removed_under_both():
     net = Written(lambda m, x: x + m.second(x), first=Branch(4))
     net.second = net.first
@@ -706,6 +696,184 @@ def test_inference_mode(found):
     small = resect.remove(net, again, again.names[:1])
     assert torch.equal(small(x), without(net, x, 0))
     small(x).sum().backward()
+
+
+@pytest.mark.xfail(strict=True, reason="only closing and scaling are compared, not gates that are all open")
+def test_code_that_decides_by_the_exact_class():
+    """Such a block must be refused: an intercepted module is of a subclass."""
+    net = Written(lambda m, x: x + (m.f(x) if type(m.f) is nn.Linear else m.f(x) * 0 + 7), f=nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    expected = net(x)
+    with resect.gates(net, resect.find_blocks(net, x)):
+        assert torch.equal(net(x), expected)
+
+
+class Opaque(Wrapped8):
+    """A subclass that implements no more than its own model needs, as torchao's."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("empty_like", "to"):
+            raise NotImplementedError(func.__name__)
+        output = super().__torch_function__(func, types, args, kwargs)
+        return output.as_subclass(cls) if func.__name__ in _SAME_CLASS and isinstance(output, torch.Tensor) else output
+
+
+@pytest.mark.xfail(strict=True, reason="the twin on meta asks the subclass for empty_like")
+def test_removing_where_weights_are_of_a_class_that_cannot_be_made_empty():
+    net, x = Net().eval().requires_grad_(False), torch.randn(2, 5)
+    up = net.layers[0].a.up
+    up.weight = nn.Parameter(up.weight.data.as_subclass(Opaque), requires_grad=False)
+    assert isinstance(up.weight, Opaque)
+    blocks = resect.find_blocks(net, x)
+    assert torch.equal(resect.remove(net, blocks, "layers.0")(x), without(net, x, 0))
+
+
+# One module called three times, and branches of raw parameters.
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.f, self.head = nn.Linear(5, 6), Branch(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(3):
+            x = x + self.f(x)
+        return self.head(x)
+
+    def without(self, x, *gone):
+        x = self.stem(x)
+        for call in range(3):
+            x = x if call in gone else x + self.f(x)
+        return self.head(x)
+
+
+class Raw(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.f = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x + torch.tanh(x @ self.weight)
+        return x + torch.relu(self.f(x))
+
+    def without(self, x, *gone):
+        x = x if 0 in gone else x + torch.tanh(x @ self.weight)
+        return x if 1 in gone else x + torch.relu(self.f(x))
+
+
+class CheckpointedRaw(Raw):
+    reentrant = True
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("build", [Shared, Raw])
+def test_copies_with_numbered_calls_and_raw_parameters(build, how):
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.randn(2, 5)
+    blocks = resect.find_blocks(net, x)
+    assert len(blocks) == (3 if build is Shared else 2)
+    keys = list(net.state_dict())
+    for place in range(len(blocks)):
+        with resect.closed(net, blocks[place : place + 1]):
+            twin = copy.deepcopy(net) if how == "deepcopy" else pickle.loads(pickle.dumps(net))  # noqa: S301
+            assert list(net.state_dict()) == list(twin.state_dict()) == keys
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.5)
+        closed = twin(x)
+        plain = resect.detach(twin)
+        assert torch.equal(closed, plain.without(x, place))
+        assert torch.equal(plain(x), plain.without(x))
+        assert torch.equal(net(x), net.without(x))
+
+
+@pytest.mark.parametrize("build", [Shared, Raw])
+def test_other_parameters_and_vmap_with_numbered_calls_and_raw_parameters(build):
+    torch.manual_seed(0)
+    net, other, x = build().eval(), build().eval(), torch.randn(3, 2, 5)
+    blocks = resect.find_blocks(net, x[0])
+    with resect.closed(net, blocks[:1]):
+        output = torch.func.functional_call(net, dict(other.named_parameters()), (x[0],))
+        assert torch.equal(output, other.without(x[0], 0))
+        assert torch.allclose(torch.vmap(net)(x), torch.stack([net(item) for item in x]), atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [Shared, Raw])
+def test_compiled_in_place_with_numbered_calls_and_raw_parameters(build):
+    torch._dynamo.reset()
+    net, x = build().eval(), torch.randn(2, 5)
+    blocks = resect.find_blocks(net, x)
+    net.compile(backend="eager")
+    with resect.closed(net, blocks[:1]):
+        assert torch.equal(net(x), net.without(x, 0))
+    assert torch.equal(net(x), net.without(x))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a wrapper made before holds the root's old __call__, so its frame is not entered"
+)
+@pytest.mark.parametrize("build", [Shared, Raw])
+def test_a_wrapper_compiled_before_follows_gates_on_the_root(build):
+    torch._dynamo.reset()
+    net, x = build().eval(), torch.randn(2, 5)
+    blocks = resect.find_blocks(net, x)
+    compiled = torch.compile(net, backend="eager")
+    with resect.closed(net, blocks[:1]):
+        assert torch.equal(compiled(x), net.without(x, 0))
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="a wrapper made meanwhile holds the root's swapped __call__")
+@pytest.mark.parametrize("build", [Shared, Raw])
+def test_a_wrapper_compiled_meanwhile_outlives_the_gates(build):
+    torch._dynamo.reset()
+    net, x = build().eval(), torch.randn(2, 5)
+    with resect.closed(net, resect.find_blocks(net, x)[:1]):
+        compiled = torch.compile(net, backend="eager")
+        compiled(x)
+    assert torch.equal(compiled(x), net.without(x))
+
+
+@pytest.mark.xfail(strict=True, reason="raw parameters are away during the owner's call, not during its recomputation")
+@pytest.mark.parametrize("inside", [True, False])
+def test_raw_parameters_under_reentrant_checkpointing_raise_or_do_no_harm(inside):
+    torch.manual_seed(0)
+    net, x = CheckpointedRaw().train(), torch.randn(2, 5, requires_grad=True)
+    blocks = resect.find_blocks(net, x)
+    try:
+        with resect.closed(net, blocks[:1]):
+            output = net(x).sum()
+            if inside:
+                output.backward()
+        if not inside:
+            output.backward()
+    except (AttachError, CheckpointError):
+        return
+    plain = Raw()
+    plain.load_state_dict(net.state_dict())
+    plain.without(x.detach(), 0).sum().backward()
+    assert net.weight.grad is None
+    assert torch.allclose(net.f.weight.grad, plain.f.weight.grad, atol=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="calls are counted for all threads together")
+def test_numbered_calls_are_counted_in_each_thread_alone():
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    torch.manual_seed(0)
+    net, x, step = Shared().eval(), torch.randn(2, 5), Barrier(2, timeout=5)
+    blocks = resect.find_blocks(net, x)
+    expected = net.without(x, 1)
+    net.f.down.register_forward_pre_hook(lambda *_: step.wait() and None)  # both threads in step
+    with resect.closed(net, blocks[1:2]), ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda _: net(x), range(2)))
+    assert all(torch.equal(output, expected) for output in outputs)
 
 
 def test_a_block_of_one_branch_may_be_closed_from_several_threads(found):

@@ -98,7 +98,11 @@ def _copied(leaf: Any, device: torch.device | None) -> Any:
                 f"The example is on the meta device, so it holds no values, and the model is on {device}. Pass a real "
                 "tensor, or move the model: model.to('meta')."
             )
-        return leaf.detach().to(leaf.device if device is None else device, copy=True)
+        copied = leaf.detach().to(leaf.device if device is None else device, copy=True)
+        # Labelled tensors (torchvision's Image, MONAI's MetaTensor) come out of every operation as new objects, which
+        # no trace could follow; those that compute in their own way (nested, sharded) stay what they are.
+        labelled = type(copied).__torch_dispatch__ is Tensor.__torch_dispatch__
+        return copied.as_subclass(Tensor) if labelled else copied
     if leaf is None or callable(leaf) or isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype)):
         return leaf
     try:
