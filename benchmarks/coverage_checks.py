@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Case:
         modules = dict(self.model.named_modules())
         groups: dict[tuple[Any, ...], list[str]] = {}
         for block in self.blocks:
-            inside = tuple(type(modules.get(_name_and_call(name)[0])).__name__ for name in block.modules)
+            inside = tuple(type(modules[name]).__name__ for name in block.modules)
             groups.setdefault((type(modules[block.owner]).__name__, block.shortcut, block.part, inside), []).append(
                 block.name
             )
@@ -129,33 +130,40 @@ def distance(a: Tensor, b: Tensor) -> float:
 # ------------------------------------------------------------------------------------------ where a block is
 
 
-def _name_and_call(name: str) -> tuple[str, int | None]:
-    """Read ``layer@2`` (the third call) or ``layer`` (every call)."""
-    module, _, call = name.partition("@")
-    return module, int(call) if call else None
-
-
 def _calls_of(recording: Recording, block: resect.ResidualBlock) -> list[Call]:
-    wanted = [_name_and_call(name) for name in block.modules]
+    wanted = list(zip(block.modules, block.calls, strict=True))
     return [c for c in recording.calls for module, k in wanted if c.module == module and k in (None, c.count)]
+
+
+def _raw_uses(recording: Recording, block: resect.ResidualBlock) -> set[int]:
+    """Return the operations on the block's raw parameters, in the right call of its owner."""
+    uses = {op for name in block.raw_parameters for op in recording.uses.get(name, ())}
+    if block.owner_call is None:
+        return uses
+    return {
+        op
+        for c in recording.calls
+        if c.module == block.owner and c.count == block.owner_call
+        for op in uses & set(c.ops)
+    }
 
 
 def locate(recording: Recording, block: resect.ResidualBlock) -> tuple[int, int] | None:
     """Find the operand of the addition that the whole branch serves, from nothing but the branch's modules.
 
     It is the first addition after them such that cutting that operand off leaves none of their heavy operations
-    needed, and whose other operand depends on the input but not on them.
+    needed, and whose other operand depends on the input but not on them. Where the value goes on beside the sum
+    (a concatenation), it is the value itself.
     """
     calls = _calls_of(recording, block)
     inside = {op for call in calls for op in call.ops}
-    anchors = inside | {op for name in block.raw_parameters for op in recording.uses.get(name, ())}
+    anchors = inside or _raw_uses(recording, block)
     outputs = {op for call in calls for op in call.outputs if op in inside}
     needed = recording.needed(set())
-    work = {op for op in anchors if recording.ops[op].heavy or not inside} & needed or anchors & needed
+    work = {op for op in anchors if recording.ops[op].heavy} & needed or anchors & needed
     if not work:
         return None
     below = recording.descendants(outputs or anchors)
-    skipped = 0
     for index in range(min(work) + 1, len(recording.ops)):
         op = recording.ops[index]
         if op.operands is None or index in inside or index not in needed:
@@ -164,19 +172,23 @@ def locate(recording: Recording, block: resect.ResidualBlock) -> tuple[int, int]
             one, other = op.operands[operand], op.operands[1 - operand]
             if one not in below or other in below or (other >= 0 and other not in recording.dependent):
                 continue
-            if op.name.startswith(("aten::sub", "aten::rsub")) and operand == _minuend(op.name):
+            # `f(x) - x` is not the block's addition: a branch is added to the shortcut, or taken from it.
+            if op.name.startswith(("aten::sub", "aten::rsub")) and operand == int(op.name.startswith("aten::rsub")):
                 continue
-            if work & recording.needed({(index, operand)}):
-                continue
-            skipped += 1
-            if skipped > block.inner_adds:
+            if not work & recording.needed({(index, operand)}):
                 return index, operand
     last = max(outputs, default=-1)
     return (last, -1) if last >= 0 else None
 
 
-def _minuend(name: str) -> int:
-    return 1 if name.startswith("aten::rsub") else 0
+def agrees(recording: Recording, block: resect.ResidualBlock, place: tuple[int, int]) -> bool:
+    """Whether the library says the same about where the branch ends."""
+    seen: Counter[str] = Counter()
+    for index, op in enumerate(recording.ops):
+        if index == place[0]:
+            return place[1] < 0 or (op.name, seen[op.name], place[1]) in block.places
+        seen[op.name] += 1
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- the checks
@@ -297,7 +309,7 @@ def removed(case: Case) -> Problems:
             if set(small.state_dict()) - before:
                 problem = problem or "the cut model has keys that the model has not"
             gone = {n for n, _ in case.model.named_parameters()} - {n for n, _ in small.named_parameters()}
-            if not gone:
+            if not gone and any(call is None for name in names for call in case.blocks[name].calls):
                 problem = problem or "no parameter is gone"
             with tempfile.TemporaryDirectory() as folder:
                 resect.save(small, f"{folder}/cut")
@@ -344,9 +356,9 @@ def _trained(case: Case, names: list[str]) -> str:
     with torch.enable_grad():
         with resect.closed(model, case.blocks.select(names)):
             outputs = case.run(model)
-            _loss(outputs).backward()
+            _backward(outputs)
         others = case.run(small)
-        _loss(others).backward()
+        _backward(others)
     if problem := differs([t.detach() for t in outputs], [t.detach() for t in others]):
         return problem
     kept = dict(small.named_parameters())
@@ -363,8 +375,10 @@ def _trained(case: Case, names: list[str]) -> str:
     return ""
 
 
-def _loss(outputs: list[Tensor]) -> Tensor:
-    return sum((t.float().square().mean() for t in outputs if t.requires_grad), torch.zeros(()))
+def _backward(outputs: list[Tensor]) -> None:
+    loss = sum((t.float().square().mean() for t in outputs if t.requires_grad), torch.zeros(()))
+    if loss.requires_grad:  # a model all of whose parameters are in its branches has none left
+        loss.backward()
 
 
 def _attempt(check: Callable[[], str]) -> str:
@@ -400,9 +414,12 @@ def prepare(family: Family) -> Case:
 
     with steady():
         case.recording.run(run, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+    elsewhere = 0
     for block in blocks:
         if place := locate(case.recording, block):
             case.places[block.name] = place
+            elsewhere += not agrees(case.recording, block, place)
+    case.notes["elsewhere"] = elsewhere  # right all the same where the checks pass: an inner sum of parallel branches
     return case
 
 
