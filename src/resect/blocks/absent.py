@@ -159,9 +159,8 @@ class Absent(InFlight):
 
     def as_zeros(self) -> Tensor:
         """Return zeros of this value's shape."""
-        return torch.zeros(self.twin.shape, dtype=self.twin.dtype, device=self.device)
+        return torch.zeros(self.twin().shape, dtype=self.twin().dtype, device=self.device)
 
-    @property
     def twin(self) -> Any:
         """This value without data, on the meta device; raises ``AbsentError`` where that cannot be had."""
         if self.source is None:
@@ -194,7 +193,7 @@ class Absent(InFlight):
         if name.startswith("__") or name.startswith("_") or method is None or name in _OF_A_VALUE:
             raise AbsentError(f"a closed branch's value was not computed, but the model asks for its {name!r}")
         if name in _OF_A_SHAPE:
-            return getattr(self.twin, name)
+            return getattr(self.twin(), name)
         if not callable(method):  # x.T, x.data, …
             return self._after(getattr, (self, name), {})
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
@@ -203,10 +202,10 @@ class Absent(InFlight):
         """Part of a value that was not computed is not computed either."""
 
     def __len__(self) -> int:
-        return len(self.twin)
+        return len(self.twin())
 
     def __iter__(self) -> Any:
-        return (self[place] for place in range(len(self.twin)))
+        return (self[place] for place in range(len(self.twin())))
 
     def _decide(self, *_: Any) -> Any:
         raise AbsentError("a closed branch's value was not computed, but the model decides by it")
@@ -218,7 +217,7 @@ class Absent(InFlight):
 
     def __reduce__(self) -> Any:
         try:
-            shape = tuple(self.twin.shape), self.twin.dtype
+            shape = tuple(self.twin().shape), self.twin().dtype
         except (AbsentError, AttributeError):
             shape = None
         return _again, (self.pending, self.clone, self.zeros, shape)
@@ -235,7 +234,7 @@ def absent_of_shape(pending: float, clone: bool, zeros: bool, shape: tuple[int, 
 
 def on_meta(value: Any) -> Any:
     """Return a tensor, or a value that was not computed, without data."""
-    return value.twin if isinstance(value, Absent) else value.detach().to("meta")
+    return value.twin() if isinstance(value, Absent) else value.detach().to("meta")
 
 
 def _without_device(func: Any, args: Any, kwargs: Any) -> Any:

@@ -19,7 +19,9 @@ def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[Re
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found: list[ResidualBlock] = []
     refused: list[Refusal] = []
-    for term in drop_nested(graph, [term for term in terms if not term.nodes or _has_weights(graph, term)], sizes):
+    for term in drop_nested(
+        graph, [term for term in terms if (term.weighty if not term.nodes else _has_weights(graph, term))], sizes
+    ):
         try:
             found.append(block_of(graph, term, sizes, len(found)))
         except Refused as refusal:

@@ -45,6 +45,8 @@ class Term:
     nodes: frozenset[int]
     zeros: bool = False
     """Part of the value goes on beside the sum."""
+    weighty: bool = True
+    """Whether weights lie between the shortcut and the value, also where the value is used elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,28 @@ def _identity(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
     """Find the terms that descend from another term: branches over an identity shortcut."""
     shortcuts = [a.value for a in terms if a.plain and any(graph.descends(b.value, a.value) for b in terms)]
     return [
-        term_of(graph, outer.index, operand, "identity")
+        term_of(graph, outer.index, operand, "identity", shortcuts)
         for operand in terms
         if operand.value not in shortcuts and any(graph.descends(operand.value, shortcut) for shortcut in shortcuts)
     ]
 
 
-def term_of(graph: Graph, sum_: int, operand: Operand, shortcut: Shortcut) -> Term:
+def term_of(graph: Graph, sum_: int, operand: Operand, shortcut: Shortcut, shortcuts: list[int]) -> Term:
     """Return the branch that ends in one operand of a sum."""
+    between = [
+        node.index
+        for node in graph.nodes
+        if (node.index == operand.value or graph.descends(operand.value, node.index))
+        and any(graph.descends(node.index, start) for start in shortcuts)
+    ]
+    weighty = bool(graph.parameters(between))
     exits = ((operand.addition, operand.place),)
     inside = graph.exclusive(operand.value, [operand.addition])
     if not graph.parameters(inside):
         partial = _partial(graph, operand)
         if partial is not None:
             return Term(sum_, partial[0], partial[1], shortcut, partial[2], zeros=True)
-    return Term(sum_, operand.value, exits, shortcut, inside)
+    return Term(sum_, operand.value, exits, shortcut, inside, weighty=weighty)
 
 
 def _partial(graph: Graph, operand: Operand) -> tuple[int, tuple[tuple[int, int], ...], frozenset[int]] | None:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from resect.blocks.absent import InFlight
+
 _PLAIN = (bool, int, float, str)
 
 
@@ -106,17 +108,17 @@ def replaced(output: Any, at: tuple[Any, ...], value: Any) -> Any:
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return every tensor inside nested containers, dataclasses included, in order."""
-    if isinstance(value, Tensor):
+def tensors_in(value: Any, and_absent: bool = False) -> list[Any]:
+    """Return every tensor inside nested containers, dataclasses included, in order; values in flight on request."""
+    wanted = (Tensor, InFlight) if and_absent else (Tensor,)
+    if isinstance(value, wanted):
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    leaves = tree_leaves(value, is_leaf=lambda leaf: dataclasses.is_dataclass(leaf) and leaf is not value)
-    return [
-        tensor
-        for leaf in leaves
-        for tensor in (
-            [leaf] if isinstance(leaf, Tensor) else tensors_in(leaf) if dataclasses.is_dataclass(leaf) else []
-        )
-    ]
+    leaves = tree_leaves(value, is_leaf=dataclasses.is_dataclass)
+    found = [tensors_in(leaf, and_absent) for leaf in leaves if isinstance(leaf, wanted) or _is_dataclass(leaf)]
+    return [tensor for tensors in found for tensor in tensors]
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
