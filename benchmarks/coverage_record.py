@@ -78,10 +78,11 @@ class Frames(TorchDispatchMode):
         """A module returns."""
         self.stack.pop()
 
-    def key(self) -> Key:
+    def key(self, func: Any) -> Key:
         """Name the operation that runs now."""
         call = self.calls[self.stack[-1]]
-        call.frame += 1
+        # PyTorch detaches a factory's new tensor only where somebody else holds it, as the recording does.
+        call.frame += func._schema.name != "aten::detach"
         return call.module, call.count, call.frame - 1
 
     @contextlib.contextmanager
@@ -114,7 +115,7 @@ class Recording(Frames):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        index, key = len(self.ops), self.key()
+        index, key = len(self.ops), self.key(func)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inputs = tuple(dict.fromkeys(node for tensor in tensors if (node := self.node(tensor)) >= 0))
         is_sum = func._schema.name in _SUMS and len(args) >= 2 and all(isinstance(arg, Tensor) for arg in args[:2])
@@ -195,7 +196,7 @@ class Replacing(Frames):
         self.applied: set[tuple[Key, int]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        key = self.key()
+        key = self.key(func)
         for operand in (0, 1):
             change = self.changes.get((key, operand))
             if change is None:

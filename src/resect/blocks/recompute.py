@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -69,9 +70,14 @@ def stamp(gate: Versioned, training: bool) -> None:
     function.seen.setdefault(gate, (gate.version, gate.state))
 
 
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _non_reentrant() -> Any:
     """Return the frame of the checkpoint that saves tensors now: its hooks close over it."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if _TOP_HOOKS is None:  # this torch does not tell its hooks; the generator that holds the frame is on the stack
+        return _on_stack("checkpoint", "gen", _frame_of)
+    hooks = _TOP_HOOKS(False)
     if not hooks:
         return None
     for cell in getattr(hooks[0], "__closure__", None) or ():
@@ -83,11 +89,22 @@ def _non_reentrant() -> Any:
     return None
 
 
+def _frame_of(generator: Any) -> Any:
+    return generator.gi_frame.f_locals.get("new_frame") if getattr(generator, "gi_frame", None) else None
+
+
 def _reentrant() -> Any:
     """Return the context of the checkpoint function on the stack, torch's or one written like it."""
+    return _on_stack("forward", "ctx", lambda ctx: ctx if hasattr(ctx, "run_function") else None)
+
+
+def _on_stack(function: str, variable: str, pick: Callable[[Any], Any]) -> Any:
+    """Return what ``pick`` finds in a variable of the innermost running function of that name."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:2] == ("ctx", "run_function"):
-            return frame.f_locals["ctx"]
+        if frame.f_code.co_name == function and variable in frame.f_code.co_varnames:
+            found = pick(frame.f_locals.get(variable))
+            if found is not None:
+                return found
         frame = frame.f_back
     return None
