@@ -496,7 +496,7 @@ class Recurrent(nn.Module):
         self.norm, self.rnn = nn.LayerNorm(WIDTH), nn.LSTM(WIDTH, WIDTH, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, (state, _) = self.rnn(self.norm(x))
+        out, _ = self.rnn(self.norm(x))
         return x + out
 
 

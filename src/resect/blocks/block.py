@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, overload
 
+from resect.blocks import show
 from resect.blocks.example import Example
 from resect.errors import InputError, unknown
 
@@ -215,26 +216,10 @@ class Blocks(Sequence[ResidualBlock]):
 
     def summary(self) -> str:
         """Return one line: how many blocks, in how many layers, of which parts."""
-        if not self:
-            return f"no residual blocks in {self.model}" if self.model else "no residual blocks"
-        parts = sorted({block.part for block in self})
-        of = f" of {self.model}" if self.model else ""
-        layers = len(self.layers())
-        counts = f"{len(self)} residual block{'s' * (len(self) != 1)} in {layers} layer{'s' * (layers != 1)}"
-        return f"{counts}{of}: {', '.join(parts)}"
+        return show.summary(self)
 
     def __str__(self) -> str:
-        rows = [("name", "shortcut", "part", "modules", "parameters")]
-        for block in self:
-            inside = [name.removeprefix(block.owner + ".") for name in block.modules]
-            rows.append((block.name, block.shortcut, block.part, " ".join(inside), f"{block.parameters:,}"))
-        widths = [min(40, max(len(row[column]) for row in rows)) for column in range(4)]
-        lines = [
-            "  ".join(cell[:width].ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[4]:>12}"
-            for row in rows
-        ]
-        lines += [f"refused: {refusal}" for refusal in self.refused]
-        return "\n".join([self.summary(), *(lines if len(self) else lines[1:])])
+        return show.table(self)
 
     def __repr__(self) -> str:
         return f"<Blocks: {self.summary()}>"
