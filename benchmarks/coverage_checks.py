@@ -181,6 +181,15 @@ def locate(recording: Recording, block: resect.ResidualBlock) -> tuple[int, int]
     return (last, -1) if last >= 0 else None
 
 
+def _misplaced(case: Case) -> str:
+    """Say where additions stand in other classes' code than the architecture's."""
+    modules = dict(case.model.named_modules())
+    keys = [case.recording.ops[index].key for index, operand in case.places.values() if operand >= 0]
+    seen = Counter(type(modules[module]).__name__ for module, _, _ in keys if module in modules)
+    extra = {name: count for name, count in seen.items() if count > case.family.sums.get(name, 0)}
+    return f"additions in other code than the architecture's: {extra}" if case.family.sums and extra else ""
+
+
 def agrees(recording: Recording, block: resect.ResidualBlock, place: tuple[int, int]) -> bool:
     """Whether the library says the same about where the branch ends."""
     seen: Counter[str] = Counter()
@@ -431,6 +440,8 @@ def check(family: Family, only: Iterable[str] = CHECKS) -> tuple[Case, dict[str,
         lost = [name for name in case.blocks.names if name not in case.places]
         if lost:
             found["located"] = dict.fromkeys(lost, "the oracle does not find the block's addition")
+        if problem := _misplaced(case):
+            found["where"] = {"*": problem}
         for name in only:
             if len(case.blocks) == 0 or (name == "trained" and family.trains):
                 continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,9 @@ class Family:
     """Why the train-mode check cannot be run (``""``: it is run)."""
     batch: Callable[[Any], Any] | None = None
     """Turns the example into one with another batch size; None: every tensor is repeated along its first axis."""
+    sums: Mapping[str, int] = field(default_factory=dict)
+    """In which classes' own code the additions stand, ``{class: number}``, where that is known: tells a block from
+    a sum inside its branch."""
 
 
 def lively(model: nn.Module, seed: int = 7) -> nn.Module:

@@ -9,6 +9,7 @@ are still in wide use.
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ def _named(home: Any, value: Any) -> Any:
     return getattr(home, value) if isinstance(value, str) else value
 
 
+def _sums(where: str) -> dict[str, int]:
+    """Read ``2 x 3 A + 4 B`` as ``{"A": 6, "B": 4}``."""
+    found = re.findall(r"(\d+)(?: x (\d+))? ([A-Z]\w+)", where)
+    return {name: int(count) * int(each or 1) for count, each, name in found}
+
+
 def _row(
     name: str,
     size: int,
@@ -63,6 +70,7 @@ def _row(
         where,
         residual=published > 0,
         weight=weight,
+        sums=_sums(where) if where.startswith("counted") else {},
         trains=_NOT_TRAINED.get(name, ""),
     )
 
@@ -116,13 +124,15 @@ FAMILIES: tuple[Family, ...] = (
         "coat_tiny",
         64,
         24,
-        "counted: 5 x 3 SerialBlock + 1 x 9 ParallelBlock",
+        "counted: 5 x 2 SerialBlock + 1 x 6 ParallelBlock + 8 ConvPosEnc",
         img_size=64,
         embed_dims=[64, 64, 64, 64],
         serial_depths=[1, 1, 1, 2],
         parallel_depth=1,
     ),
-    _row("coat_lite_tiny", 64, 24, "counted: 8 x 3 SerialBlock", img_size=64, embed_dims=[64, 64, 64, 64]),
+    _row(
+        "coat_lite_tiny", 64, 24, "counted: 8 x 2 SerialBlock + 8 ConvPosEnc", img_size=64, embed_dims=[64, 64, 64, 64]
+    ),
     _row("convit_tiny", 32, 6, "counted: 3 x 2 Block", img_size=32, depth=3, local_up_to_layer=2),
     _row(
         "convmixer_768_32",
@@ -166,7 +176,7 @@ FAMILIES: tuple[Family, ...] = (
         "davit_tiny",
         64,
         32,
-        "counted: 4 x 4 SpatialBlock + 4 x 4 ChannelBlock",
+        "counted: 4 x 2 SpatialBlock + 4 x 2 ChannelBlock + 16 ConvPosEnc",
         weight="middle",
         depths=(1, 1, 1, 1),
         embed_dims=(16, 32, 32, 64),
@@ -308,15 +318,20 @@ FAMILIES: tuple[Family, ...] = (
         num_heads=4,
     ),
     _row("fasternet_t0", 64, 13, "counted: 13 MLPBlock"),
-    _row("fastvit_t8", 64, 20, "counted: 10 x 2 RepMixerBlock", weight="middle"),
+    _row("fastvit_t8", 64, 20, "counted: 10 RepMixerBlock + 10 RepMixer", weight="middle"),
     _row(
         "fastvit_sa12",
         64,
         9,
-        "counted: 3 x 2 RepMixerBlock + 1 RepConditionalPosEnc + 1 x 2 AttentionBlock",
+        "counted: 3 RepMixerBlock + 3 RepMixer + 1 RepConditionalPosEnc + 1 x 2 AttentionBlock",
         layers=(1, 1, 1, 1),
     ),
-    _row("fastvit_mci0", 64, 41, "counted: 18 x 2 RepMixerBlock + 1 RepConditionalPosEnc + 2 x 2 AttentionBlock"),
+    _row(
+        "fastvit_mci0",
+        64,
+        41,
+        "counted: 18 RepMixerBlock + 18 RepMixer + 1 RepConditionalPosEnc + 2 x 2 AttentionBlock",
+    ),
     _row(
         "focalnet_tiny_srf",
         64,

@@ -241,10 +241,18 @@ def test_offloaded_models_are_refused_by_name_and_take_the_names_found_before(tm
         assert torch.equal(net(x), expected)
 
 
-def test_a_model_that_accelerate_prepared():
+@pytest.fixture
+def accelerator():
+    """One for this test alone: every Accelerator of a process shares its first one's settings."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_that_accelerate_prepared(accelerator):
     torch.manual_seed(0)
-    net = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(Net().eval())
+    net = accelerator.prepare(Net().eval())
     x = torch.randn(2, 5)
     blocks = resect.find_blocks(net, x)
     assert len(blocks) == 3

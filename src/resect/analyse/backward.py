@@ -42,7 +42,8 @@ def loss_and_place(
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
             raise InputError("at='input' needs a floating-point input tensor; use at='first'.")
         inputs = inputs.detach().requires_grad_()
-        loss = scalar_loss(loss_fn, Example.of(inputs).run(model), target)
+        # Not by an Example, which runs the model on copies.
+        loss = scalar_loss(loss_fn, model(inputs), target)
         seen.append(inputs)
     else:
         block = blocks[0] if at == "first" else blocks[at]

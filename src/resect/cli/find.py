@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,7 +76,7 @@ def _show(name: str, blocks: Blocks, of: int) -> None:
     if of and not blocks:
         out.print(f"{name}: none of its {show.count(of, 'residual block')} is meant.", soft_wrap=True, highlight=False)
         return
-    width = out.width if out.is_terminal or "COLUMNS" in os.environ else 0
+    width = shutil.get_terminal_size().columns if out.is_terminal or "COLUMNS" in os.environ else 0
     chosen = f" ({len(blocks)} of {of} shown)" if len(blocks) < of else ""
     text = show.table(blocks, width, rows=None, heading=f"{name}: {show.summary(blocks)}{chosen}")
     for line in text.splitlines():

@@ -1,8 +1,9 @@
 """Delete the layers of which a removal left nothing, so that containers are really shorter.
 
-A layer may go when every weight of it went with its residual blocks and it hands its input on unchanged, in
-eval and in train mode. What stays is proven: the output and every kept layer equal bit for bit on the
-example, and for a transformers model the repaired ``config`` builds exactly these modules. Else it is put back.
+A layer may go when it hands its input on unchanged, in eval and in train mode and whatever the weights that it
+still has (a norm that only fed the branches). What stays is proven: the output and every kept layer equal bit
+for bit on the example, and for a transformers model the repaired ``config`` builds exactly these modules. Else
+it is put back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from resect.blocks.absent import Absent
 from resect.blocks.example import Example
@@ -42,7 +44,7 @@ def compact(small: nn.Module, example: Example) -> dict[str, Any]:
     ------
     InputError: no layer can go; every reason is listed and the model is as it was.
     """
-    candidates, kept = _emptied(small)
+    candidates, kept = _touched(small), dict[str, str]()
     with quiet(small):
         passing = [layer for layer in candidates if not kept.setdefault(layer, _changes(small, layer, example))]
         deleted = passing if passing and not _fault(small, passing, example) else []
@@ -89,27 +91,19 @@ def gone_from(model: nn.Module) -> list[str]:
     ]
 
 
-def _emptied(small: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Return the layers without a weight left, and why others that lost a block must stay."""
-    gone, candidates, kept = gone_from(small), list[str](), dict[str, str]()
+def _touched(small: nn.Module) -> list[str]:
+    """Return the layers that lost something; a stage of layers is none."""
+    gone, touched = gone_from(small), list[str]()
     for path, container in small.named_modules():
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or _inside(path, candidates):
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
-        for name, layer in container._modules.items():
-            layer_path = f"{path}.{name}".removeprefix(".")
-            # By name: a class that a gate has swapped keeps it.
-            alike = [type(other).__qualname__ for other in container._modules.values()].count(type(layer).__qualname__)
-            if layer is None or alike < 2 or not any(_inside(place, [layer_path]) for place in gone):
-                continue
-            left = [key for key, _ in layer.named_parameters()]
-            if left:
-                kept[layer_path] = f"it still has weights: {', '.join(left[:3])}{' …' * (len(left) > 3)}"
-            else:
-                candidates.append(layer_path)
-    layers = [*candidates, *kept]  # what is told of a stage is told of the layers inside it
-    return candidates, {
-        path: reason for path, reason in kept.items() if not any(other.startswith(path + ".") for other in layers)
-    }
+        # By name: a class that a gate has swapped keeps it.
+        kinds = [type(layer).__qualname__ for layer in container._modules.values()]
+        for name, kind in zip(container._modules, kinds, strict=True):
+            layer = f"{path}.{name}".removeprefix(".")
+            if kinds.count(kind) > 1 and any(_inside(place, [layer]) for place in gone):
+                touched.append(layer)
+    return [layer for layer in touched if not any(other.startswith(layer + ".") for other in touched)]
 
 
 def _inside(path: str, layers: Iterable[str]) -> bool:
@@ -121,35 +115,30 @@ def _changes(small: nn.Module, path: str, example: Example) -> str:
     layer = small.get_submodule(path)
     if layer in gone_modules(small):
         return ""  # a branch that is itself a child of the container: the proof on the whole model decides
-    found: list[str] = []
-    copies: list[Any] = []
+    calls: list[Any] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        copies.append(copy.deepcopy((args, kwargs)))
+        calls.append(copy.deepcopy((args, kwargs)))
 
-    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        args, kwargs = copies.pop()
-        given = _first([kwargs.get("hidden_states"), *args, *kwargs.values()])
-        for training in (False, True) if not found else ():
-            if training:
-                buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-                layer.train()
-                output = layer.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-                layer.eval()
-                layer.load_state_dict(buffers, strict=False)
-            result = _first([output])
-            if given is None or result is None or not same(given, result):
-                mode = "train" if training else "eval"
-                found.append(f"it changes what goes through it even without its blocks (in {mode} mode)")
-                break
-        else:
-            found.append("")
-
-    with ExitStack() as hooks:
-        hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+    hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+    try:
         example.run(small)
-    return next(iter(found), "the example does not run it")
+    finally:
+        hook.remove()
+    # NaN in every weight that is left: if any mattered, what comes out would show it.
+    unknown = {name: torch.full_like(weight, float("nan")) for name, weight in layer.named_parameters()}
+    left = ", ".join(list(unknown)[:3]) + " …" * (len(unknown) > 3)
+    modes = {"in eval mode": (False, {}), "in train mode": (True, {}), "by its weights": (False, unknown)}
+    for mode, (training, weights) in modes.items():
+        for args, kwargs in calls:
+            given = _first([kwargs.get("hidden_states"), *args, *kwargs.values()])
+            state = {**weights, **{name: buffer.clone() for name, buffer in layer.named_buffers()}}
+            layer.train(training)  # the caller puts every mode back
+            result = _first([functional_call(layer, state, *copy.deepcopy((args, kwargs)))])
+            layer.eval()
+            if given is None or result is None or not same(given, result):
+                return f"it changes what goes through it {mode}" + f"; it still has weights: {left}" * bool(left)
+    return "" if calls else "the example does not run it"
 
 
 def gone_modules(model: nn.Module) -> list[nn.Module]:

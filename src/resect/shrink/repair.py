@@ -108,6 +108,9 @@ def _repair(owner: Any, container: str, count: int, kept: Sequence[int], own: bo
     ]
     for name in _of_this_side(counts, container, own):
         _set(owner, name, len(kept), undo)
+    for name, value in fields.items():
+        if type(value) is int and name.startswith("first_k"):  # the first k layers are of another kind
+            _set(owner, name, sum(place < value for place in kept), undo)
     stage = next((int(part) for part in reversed(container.split(".")[:-1]) if part.isdigit()), None)
     for name, value in fields.items():
         if not isinstance(value, (list, tuple)) or not value or _NOT_PER_LAYER.fullmatch(name):
