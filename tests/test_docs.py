@@ -20,7 +20,7 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_blocks_run_in_an_empty_folder(page, tmp_path):
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    environment = {"PATH": path, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": path, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     for code in blocks(page, "python"):
         if "runs/vit" in code:  # the command that the README gives before the block, shortened
             command = [sys.executable, "-m", "resect", "train", "digits-vit", "train.epochs=1", "--out", "runs/vit"]

@@ -150,7 +150,7 @@ def test_subsets_do_not_depend_on_anything_but_names_counts_and_seed():
 def _blocks(branches):
     """Blocks of a net that never existed, ``branches[i]`` of them on sum i."""
     common = {
-        "owner": "", "shortcut": "identity", "part": "mlp", "modules": ("m",),
+        "owner": "", "stage": 1, "shortcut": "identity", "part": "mlp", "modules": ("m",),
         "calls": (None,), "templates": ("absent",),
         "raw_parameters": (), "entries": (), "pending": (0,), "end": 0, "end_leaf": None, "exact": True,
         "owner_call": None, "counted_in": None, "places": (), "clone": False, "unwrap": False, "zeros": False,

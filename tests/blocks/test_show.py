@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from nets import Net
+from torch.utils.flop_counter import FlopCounterMode
 
 from resect.blocks import choose, show
 from resect.blocks.block import Blocks, Refusal, ResidualBlock
@@ -33,7 +35,7 @@ def many(one: ResidualBlock, number: int, prefix: str = "", **changes: object) -
                 parameters=1234567 + place, **changes,
             )
         )  # fmt: skip
-    return made
+    return choose.number_stages(made)
 
 
 def lines(blocks: Blocks, width: int, rows: int | None = None) -> list[str]:
@@ -116,19 +118,20 @@ def test_one_block_is_one_line(one):
     assert "\n" not in text
     assert text.startswith("layers.0/mlp: residual block 1, identity shortcut, MLP branch (norm query")
     assert "1,234,568 parameters" in text
+    assert str(many(one, 1)[1]) == text
 
 
-def test_the_share_of_operations_is_shown(one):
-    @dataclasses.dataclass(frozen=True)
-    class Counted(ResidualBlock):
-        flops: int = 1000
-
-    block = Counted(**{field.name: getattr(one, field.name) for field in dataclasses.fields(one)} | {"flops": 1000})
-    blocks = Blocks([block])
-    blocks.flops = 4000
-    text = show.table(blocks, 100)
+def test_the_share_of_operations_is_of_the_whole_model(one):
+    net, x = Net().eval(), torch.randn(3, 5)
+    blocks = find_blocks(net, x)
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert blocks.flops == counter.get_total_flops()
+    assert blocks[:1].flops == blocks.flops, "a selection still tells its share of the whole model"
+    text = show.table(Blocks([dataclasses.replace(one, flops=1000)], flops=4000), 100)
     assert "25.0 %" in text
     assert "4,000 on the example" in text
+    assert "FLOPs" not in show.table(Blocks([one]), 100)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +150,43 @@ def test_the_layer_of_an_owner(owner, layer):
 
 
 def test_stages_are_runs_in_one_container(one):
-    blocks = many(one, 2, "encoder.") + many(one, 1, "decoder.")
-    assert [block.name for block in choose.of_stage(blocks, 2)] == [
-        "decoder.layers.0/attention",
-        "decoder.layers.0/mlp",
-    ]
-    assert len(choose.of_stage(blocks, 1)) == 4
+    blocks = Blocks(choose.number_stages(many(one, 2, "encoder.") + many(one, 1, "decoder.")))
+    assert blocks.stage(2).names == ["decoder.layers.0/attention", "decoder.layers.0/mlp"]
+    assert {number: len(group) for number, group in blocks.stages().items()} == {1: 4, 2: 2}
+    assert blocks[4:].stage(2).names == blocks.stage(2).names, "a selection keeps the numbers of the whole"
     with pytest.raises(ValueError, match=r"There is no stage 7 here\. Stages: 1, 2\."):
-        choose.of_stage(blocks, 7)
+        blocks.stage(7)
+
+
+def test_stages_also_change_with_the_shape(one):
+    wide = [dataclasses.replace(block, shape=(1, 2)) for block in many(one, 1)]
+    assert [block.stage for block in choose.number_stages([*many(one, 2), *wide])] == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_layer_holds_blocks_of_several_owners(one):
+    owners = ["encoder.layer.0.attention.output", "encoder.layer.0.output", "encoder.layer.1.output", "head"]
+    blocks = Blocks(dataclasses.replace(one, owner=owner, name=f"{owner}/f") for owner in owners)
+    assert {layer: len(group) for layer, group in blocks.layers().items()} == {
+        "encoder.layer.0": 2, "encoder.layer.1": 1, "head": 1,
+    }  # fmt: skip
+
+
+def test_what_can_be_done_is_part_of_the_json_and_follows_from_the_rest(one):
+    bound = dataclasses.replace(one, end=None, reason="functions follow its last module")
+    blocks = Blocks([one, bound], model="Net", flops=7)
+    data = json.loads(json.dumps(blocks.to_json()))
+    assert [item["scalable"] for item in data["blocks"]] == [True, False]
+    assert all(item["closable"] and item["removable"] for item in data["blocks"])
+    again = Blocks.from_json(data)
+    assert list(again) == [one, bound]
+    assert again.flops == 7
+    data["blocks"][0]["scaleable"] = True
+    with pytest.raises(ValueError, match="'scaleable'"):
+        Blocks.from_json(data)
 
 
 def test_parts_by_name(one):
-    blocks = many(one, 3)
-    assert [block.part for block in choose.of_part(blocks, "MLP")] == ["mlp"] * 3
+    blocks = Blocks(many(one, 3))
+    assert [block.part for block in blocks.part("MLP")] == ["mlp"] * 3
     with pytest.raises(ValueError, match="Did you mean 'attention'"):
-        choose.of_part(blocks, "atention")
+        blocks.part("atention")

@@ -31,6 +31,13 @@ def test_a_transformer_has_two_blocks_a_layer(resect):
     assert "Every block can be closed, scaled and removed." in out
 
 
+def test_a_convolutional_network_has_one_block_a_layer(resect):
+    code, out, err = resect("find", "timm:convnext_tiny", "-o", "dims=[4,8,12,16]", "--size", "32")
+    assert code == 0, err
+    assert out.startswith("timm:convnext_tiny: 18 residual blocks in 18 layers of ConvNeXt\n")
+    assert [row.split()[1] for row in rows(out)] == ["1"] * 3 + ["2"] * 3 + ["3"] * 9 + ["4"] * 3
+
+
 @pytest.mark.parametrize("columns", ["60", "80", "100"])
 def test_every_line_fits_a_terminal(resect, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)

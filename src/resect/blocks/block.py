@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, overload
 
-from resect.blocks import show
+from resect.blocks import choose, show
 from resect.blocks.example import Example
 from resect.errors import InputError, unknown
 
 Shortcut = Literal["identity", "projection", "reshape"]
+_ABLE = ("closable", "scalable", "removable")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ResidualBlock:
     """The innermost module that holds both the branch and the addition."""
     index: int
     """Place in the order of execution, from 0."""
+    stage: int
+    """Run of neighbouring blocks in one numbered container whose sums have one shape, counted from 1."""
     shortcut: Shortcut
     """``identity``, ``projection`` (has weights) or ``reshape`` (pools, pads, slices or weighs)."""
     part: str
@@ -74,27 +77,40 @@ class ResidualBlock:
     """Why the block cannot be scaled, where it cannot."""
 
     @property
+    def closable(self) -> bool:
+        """Whether the model can run without the branch: true of every block, or it would have been refused."""
+        return True
+
+    @property
     def scalable(self) -> bool:
         """Whether a function can act on exactly the branch end."""
         return self.end is not None
 
+    @property
+    def removable(self) -> bool:
+        """Whether the branch can be taken out for good: true of every block that can be closed."""
+        return self.closable
+
     def to_json(self) -> dict[str, Any]:
-        """Return a dict of strings, numbers, lists and None."""
-        return asdict(self)
+        """Return a dict of strings, numbers, lists and None; what can be done with the block included."""
+        return asdict(self) | {able: getattr(self, able) for able in _ABLE}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ResidualBlock:
         """Rebuild a block from ``to_json``; raises ``InputError`` on missing or unknown fields."""
         names = {field.name for field in fields(cls)}
-        if set(data) != names:
-            wrong = sorted(set(data) ^ names)
+        values = {key: value for key, value in data.items() if key not in _ABLE}  # these follow from the others
+        if set(values) != names:
+            wrong = sorted(set(values) ^ names)
             raise InputError(f"This is not a residual block written by this version: fields {wrong} differ.")
-        values = dict(data)
         for key, value in values.items():
             if isinstance(value, list):
                 values[key] = tuple(value)
         values["places"] = tuple((op, int(number), int(operand)) for op, number, operand in values["places"])
         return cls(**values)
+
+    def __str__(self) -> str:
+        return show.line(self)
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,8 @@ class Blocks(Sequence[ResidualBlock]):
     """The residual blocks of one model, in order of execution.
 
     ``blocks["layer3.4"]`` (a canonical name, or an owner with a single block), ``blocks[0]``,
-    ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons.
+    ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons;
+    ``flops`` are the whole model's floating-point operations on the example, 0 where they are not known.
     """
 
     def __init__(
@@ -125,11 +142,13 @@ class Blocks(Sequence[ResidualBlock]):
         model: str = "",
         refused: Iterable[Refusal] = (),
         example: Example | None = None,
+        flops: int = 0,
     ) -> None:
         self._items = tuple(items)
         self.model = model
         self.refused = tuple(refused)
         self.example = example
+        self.flops = flops
 
     @overload
     def __getitem__(self, key: str | int) -> ResidualBlock: ...
@@ -150,7 +169,7 @@ class Blocks(Sequence[ResidualBlock]):
         return iter(self._items)
 
     def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
-        return Blocks(items, model=self.model, refused=self.refused, example=self.example)
+        return Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)
 
     def _by_name(self, name: str) -> ResidualBlock:
         exact = [block for block in self if block.name == name]
@@ -187,17 +206,40 @@ class Blocks(Sequence[ResidualBlock]):
             if fnmatch.fnmatchcase(block.name, pattern) or fnmatch.fnmatchcase(block.owner, pattern)
         )
 
+    def part(self, part: str) -> Blocks:
+        """Return the blocks whose branch is ``attention``, ``mlp`` or ``conv``, in small letters or large.
+
+        Raises ``InputError`` for a part that no branch here is.
+        """
+        return self._with(choose.of_part(self, part))
+
+    def stage(self, number: int) -> Blocks:
+        """Return the blocks of one stage, counted from 1; raises ``InputError`` where there is none of that number."""
+        return self._with(choose.of_stage(self, number))
+
+    def stages(self) -> dict[int, Blocks]:
+        """Group the blocks by stage, in order: ``{1: the blocks of layer1, 2: those of layer2, …}``."""
+        return self._grouped(lambda block: block.stage)
+
     def layers(self) -> dict[str, Blocks]:
-        """Group the blocks by owner, in order: ``{"blocks.0": attention and MLP, …}``."""
-        owners: dict[str, list[ResidualBlock]] = {}
+        """Group the blocks by layer, in order: ``{"blocks.0": attention and MLP, …}``.
+
+        A layer is a child of the repeated container: ``encoder.layer.3``, also for a block that
+        ``encoder.layer.3.attention.output`` owns. An owner outside any numbered container is a layer by itself.
+        """
+        return self._grouped(lambda block: choose.layer_of(block.owner))
+
+    def _grouped(self, key: Callable[[ResidualBlock], Any]) -> dict[Any, Blocks]:
+        groups: dict[Any, list[ResidualBlock]] = {}
         for block in self:
-            owners.setdefault(block.owner, []).append(block)
-        return {owner: self._with(items) for owner, items in owners.items()}
+            groups.setdefault(key(block), []).append(block)
+        return {group: self._with(items) for group, items in groups.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict (the example is not part of it)."""
         return {
             "model": self.model,
+            "flops": self.flops,
             "blocks": [block.to_json() for block in self],
             "refused": [asdict(refusal) for refusal in self.refused],
         }
@@ -210,6 +252,7 @@ class Blocks(Sequence[ResidualBlock]):
                 (ResidualBlock.from_json(item) for item in data["blocks"]),
                 model=data["model"],
                 refused=(Refusal(**item) for item in data["refused"]),
+                flops=data["flops"],
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"This is not a list of blocks written by Resect: {error!r}.") from error

@@ -76,6 +76,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
         name=_name(name_of_owner, weights or calls),
         owner=name_of_owner,
         index=index,
+        stage=1,
         shortcut=term.shortcut,
         part=part_of([call.module for call in weights], [call.name for call in weights]),
         modules=tuple(call.name for call in calls),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from resect.errors import InputError, unknown
 
@@ -21,8 +21,10 @@ def number_stages(blocks: Iterable[ResidualBlock]) -> list[ResidualBlock]:
     and whose sums have the same shape on the example.
     """
     items = list(blocks)
-    found: list[dict[str, Any]] = [{"stage": number} for number in _numbers(items)]
-    return [replace(block, **change) for block, change in zip(items, found, strict=True)]
+    numbers = [1] * bool(items)
+    for before, block in pairwise(items):
+        numbers.append(numbers[-1] + (_place(before) != _place(block)))
+    return [replace(block, stage=number) for block, number in zip(items, numbers, strict=True)]
 
 
 def layer_of(owner: str) -> str:
@@ -37,12 +39,10 @@ def layer_of(owner: str) -> str:
 def of_stage(blocks: Iterable[ResidualBlock], number: int) -> list[ResidualBlock]:
     """Return the blocks of one stage; raises ``InputError`` where there is none of that number."""
     items = list(blocks)
-    numbers = [getattr(block, "stage", 0) for block in items]
-    numbers = numbers if all(numbers) else _numbers(items)
-    found = [block for block, its in zip(items, numbers, strict=True) if its == number]
+    found = [block for block in items if block.stage == number]
     if found:
         return found
-    there = ", ".join(map(str, sorted(set(numbers)))) or "none"
+    there = ", ".join(map(str, sorted({block.stage for block in items}))) or "none"
     raise InputError(f"There is no stage {number} here. Stages: {there}.")
 
 
@@ -58,16 +58,8 @@ def of_part(blocks: Iterable[ResidualBlock], part: str) -> list[ResidualBlock]:
     return found
 
 
-def _numbers(items: list[ResidualBlock]) -> list[int]:
-    numbers = [1] * bool(items)
-    for before, block in pairwise(items):
-        same = _place(before) == _place(block)
-        numbers.append(numbers[-1] + (not same))
-    return numbers
-
-
 def _place(block: ResidualBlock) -> tuple[str, tuple[int, ...]]:
-    return _container(block.owner), tuple(getattr(block, "shape", ()))
+    return _container(block.owner), block.shape
 
 
 def _container(owner: str) -> str:

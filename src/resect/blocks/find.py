@@ -10,6 +10,7 @@ from torch import nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.branch import describe
+from resect.blocks.choose import number_stages
 from resect.blocks.example import Example
 from resect.blocks.gate import check_detached, remember
 from resect.blocks.graph import Graph
@@ -66,7 +67,13 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
         graph = Graph(recorded)
         candidates, refused = describe(graph, find_terms(graph), inner)
         good, bad = check(inner, sample, candidates, each=verify == "each")
-    blocks = Blocks(good, model=type(inner).__name__, refused=(*refused, *bad), example=sample)
+    blocks = Blocks(
+        number_stages(good),
+        model=type(inner).__name__,
+        refused=(*refused, *bad),
+        example=sample,
+        flops=sum(node.flops for node in recorded.nodes),
+    )
     remember(inner, blocks)
     return blocks
 

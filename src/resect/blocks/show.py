@@ -49,7 +49,7 @@ def line(block: ResidualBlock) -> str:
         f"{block.shortcut} shortcut",
         f"{part_name(block.part)} branch ({' '.join(inside(block)) or 'functions on raw parameters'})",
         f"{block.parameters:,} parameters",
-        *([f"{flops:,} FLOPs on the example"] if (flops := getattr(block, "flops", 0)) else []),
+        *([f"{block.flops:,} FLOPs on the example"] if block.flops else []),
         *(f"cannot be {what}: {why}" if why else f"cannot be {what}" for what, why in limits(block)),
     ]
     return f"{block.name}: {', '.join(facts)}"
@@ -104,11 +104,7 @@ def inside(block: ResidualBlock) -> list[str]:
 
 def limits(block: ResidualBlock) -> list[tuple[str, str]]:
     """Return what cannot be done with a block, and why: ``[("scaled", "functions follow …")]``."""
-    able = {
-        "closed": getattr(block, "closable", True),
-        "scaled": block.scalable,
-        "removed": getattr(block, "removable", True),
-    }
+    able = {"closed": block.closable, "scaled": block.scalable, "removed": block.removable}
     return [(what, block.reason) for what, can in able.items() if not can]
 
 
@@ -156,18 +152,17 @@ def _columns(blocks: Blocks, shown: list[ResidualBlock], notes: list[str]) -> li
 
     found = [
         column("#", lambda block: str(block.index), right=True),
-        column("stage", lambda block: str(getattr(block, "stage", 0)), right=True),
+        column("stage", lambda block: str(block.stage), right=True),
         column("name", lambda block: block.name),
         column("part", lambda block: part_name(block.part)),
         column("shortcut", lambda block: block.shortcut),
         column("modules", lambda block: " ".join(inside(block)) or "(none)"),
         column("parameters", lambda block: f"{block.parameters:,}", right=True),
     ]
-    if len({getattr(block, "stage", 0) for block in blocks}) == 1:
+    if len({block.stage for block in blocks}) == 1:
         del found[1]
-    total = getattr(blocks, "flops", 0)
-    if total:
-        found.append(column("FLOPs", lambda block: f"{100 * getattr(block, 'flops', 0) / total:.1f} %", right=True))
+    if total := blocks.flops:
+        found.append(column("FLOPs", lambda block: f"{100 * block.flops / total:.1f} %", right=True))
         notes.append(f"FLOPs: share of the whole model's {total:,} on the example.")
     if any(limits(block) for block in shown):
         found.append(column("cannot be", lambda block: ", ".join(what for what, _ in limits(block))))

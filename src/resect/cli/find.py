@@ -58,12 +58,10 @@ def find(
 
 def _chosen(blocks: Blocks, kind: str | None, part: str | None, stage: int | None, match: str | None) -> Blocks:
     """Return the blocks that every filter lets through."""
-    from resect.blocks.choose import of_part, of_stage
-
     if stage is not None:
-        blocks = blocks.select(of_stage(blocks, stage))
+        blocks = blocks.stage(stage)
     if part is not None:
-        blocks = blocks.select(of_part(blocks, part))
+        blocks = blocks.part(part)
     if kind is not None:
         blocks = blocks.kind(kind)  # type: ignore[arg-type]
     return blocks if match is None else blocks.matching(match)

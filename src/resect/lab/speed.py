@@ -61,7 +61,7 @@ def chain_rows(model: str, blocks: Blocks) -> list[dict[str, Any]]:
             "part": part_name(block.part),
             "shortcut": block.shortcut,
             "parameters": block.parameters,
-            "stage": getattr(block, "stage", 0) or None,
+            "stage": block.stage,
         }
         for block in blocks
     ]
