@@ -12,9 +12,11 @@ residual blocks, blocks) come from the committed lists.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
+import resource
 import time
 import traceback
 import warnings
@@ -29,6 +31,7 @@ from coverage_table import table
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "coverage"
 TIMEOUT = 600
+MEMORY = 8 << 30
 QUICK = {
     "timm": (
         "resnet18", "test_efficientnet", "convnext_tiny", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
@@ -73,6 +76,7 @@ def examine(family: Family) -> dict[str, Any]:
 
 
 def _work(family: Family, out: multiprocessing.connection.Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # a family that wants more fails alone
     out.send(examine(family))
 
 
@@ -154,10 +158,10 @@ def main() -> None:
         cache.unlink(missing_ok=True)
     elif cache.exists():
         rows = {(row["source"], row["name"]): row for row in map(json.loads, cache.read_text().splitlines())}
-    for source in {family.source for family in listed}:  # loaded once, not in every process
-        if source != "torch" and source != "handwritten":
-            __import__(SOURCES[source][1])
-    __import__("coverage_checks")
+    for source in {family.source for family in listed}:
+        importlib.import_module(SOURCES[source][1])
+    for module in ("coverage_checks", "torch._dynamo"):  # loaded once: every process is a fork of this one
+        importlib.import_module(module)
     todo = [f for f in listed if options.again or (f.source, f.name) not in rows]
     with cache.open("a") as lines:
         for row in run_all(todo, options.jobs, TIMEOUT):

@@ -38,8 +38,8 @@ def table(
     """Return the whole page."""
     parts = [_HEAD, _versions(), ""]
     parts.append(
-        f"**{result['fully_verified']} of {result['families_with_residuals']} families with residual blocks are verified "
-        f"in full; {result['blocks_verified']} of {result['blocks']} blocks.**"
+        f"**{result['fully_verified']} of {result['families_with_residuals']} families with residual blocks are "
+        f"verified in full; {result['blocks_verified']} of {result['blocks']} blocks.**"
     )
     for use in ("high", "middle", "low"):
         some = [family for family in listed if family.residual and family.weight == use]

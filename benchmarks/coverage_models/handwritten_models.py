@@ -19,7 +19,10 @@ def _builder(name: str) -> Callable[[], tuple[nn.Module, Any]]:
     return build
 
 
-_NOT_TRAINED = {"stochastic depth by hand": "its own coin decides in training, also where the block is gone"}
+_NOT_TRAINED = {
+    "stochastic depth by hand": "its own coin decides in training, also where the block is gone",
+    "torch.add(x, f, out=)": "functions with out= have no gradient",
+}
 
 FAMILIES: tuple[Family, ...] = tuple(
     Family(

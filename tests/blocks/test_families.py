@@ -24,7 +24,7 @@ class SumRecorder(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if is_sum(func, args, kwargs or {}):
+        if is_sum(func, args):
             self.sums.append((name, self.counts[name], (args[0].clone(), args[1].clone())))
         self.counts[name] += 1
         return func(*args, **(kwargs or {}))

@@ -48,17 +48,23 @@ class InFlight:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Intercept every torch operation that meets this value."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, InFlight)]
         if any(value.result is not None for value in values):
             args, kwargs = tree_map_only(InFlight, settled, (args, kwargs))
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if "out" in kwargs:
-            raise AbsentError(f"the model writes {name!r} of a branch's value into a tensor of its own (out=)")
+        args, kwargs = positional(args, kwargs) if name in SUMS else (args, kwargs)
+        out = kwargs.pop("out", None)
         if name in SUMS and len(args) >= 2 and isinstance(args[0], (Tensor, InFlight)):
-            return values[0].meet(func, args[0], args[1], kwargs)
-        return values[0].pass_through(func, args, kwargs)
+            result = values[0].meet(func, args[0], args[1], kwargs)
+        else:
+            result = values[0].pass_through(func, args, kwargs)
+        if out is None:
+            return result
+        if not isinstance(result, Tensor):
+            raise AbsentError(f"the model writes {name!r} of a branch's value into a tensor of its own (out=)")
+        return out.copy_(result)
 
     def meet(self, func: Callable[..., Any], left: Any, right: Any, kwargs: dict[str, Any]) -> Any:
         """Give the value of ``left ± right``, of which one is this value."""
@@ -73,6 +79,12 @@ class InFlight:
 
     def __getitem__(self, key: Any) -> Any:
         return type(self).__torch_function__(operator.getitem, (), (self, key))
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a sum with its operands in their places, also where the model names them."""
+    named = [kwargs[key] for key in ("input", "other") if key in kwargs]
+    return (*args, *named), {key: value for key, value in kwargs.items() if key not in ("input", "other")}
 
 
 def settled(value: InFlight) -> Any:

@@ -65,7 +65,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
     numbers, scope, owner_call = _numbers(graph, term, calls, owner if entries else None)
     ahead = graph.additions_to(term.nodes, [node for node, _ in term.exits])
     pending = (
-        *(max((graph.sums_after(leaf, term.nodes, ahead) for leaf in call.outputs), default=0) for call in calls),
+        *(max((graph.sums_after(leaf, term.nodes, ahead) for _, leaf in call.leaves), default=0) for call in calls),
         *(_pending_of(graph, term, ahead, name) for name in raw),
     )
     own = [name for name in sizes if name in raw or name.startswith(inside)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,31 +13,39 @@ from torch.utils._pytree import tree_leaves
 from resect.blocks.absent import InFlight
 
 _PLAIN = (bool, int, float, str)
+Path = tuple[Any, ...]
+"""Where a value sits in a container: keys, from the outside in."""
 
 
-def template_of(output: Any) -> Any:
+def template_of(output: Any, given: Mapping[int, Path] | None = None) -> Any:
     """Read the template off a module's output; raises ``TypeError`` for outputs it cannot describe.
 
     ``"absent"`` stands for a tensor, None for None, ``[kind, …]`` for what holds others: ``tuple``, ``list``,
-    ``dict`` and dataclasses with their keys, a named tuple with its class, ``value`` for plain numbers and strings.
+    ``dict`` and dataclasses with their keys, a named tuple with its class, ``value`` for plain numbers and strings,
+    ``given`` for an argument that the module hands on beside its result (their ids are in ``given``).
     """
     if isinstance(output, Tensor):
         return "absent"
+    given = given or {}
+
+    def part(value: Any) -> Any:
+        return ["given", *given[id(value)]] if id(value) in given else template_of(value, given)
+
     if output is None:
         return None
     if isinstance(output, _PLAIN):
         return ["value", output]
     if type(output) in (tuple, list):
-        return [type(output).__name__, *(template_of(item) for item in output)]
+        return [type(output).__name__, *(part(item) for item in output)]
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return ["named", _path(output), *(template_of(item) for item in output)]
+        return ["named", _path(output), *(part(item) for item in output)]
     if isinstance(output, dict):
-        keys = [[key, template_of(value)] for key, value in output.items() if isinstance(key, str)]
+        keys = [[key, part(value)] for key, value in output.items() if isinstance(key, str)]
         if len(keys) == len(output):
             return ["dict", "builtins:dict" if type(output) is dict else _path(output), *keys]
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         fields = [field.name for field in dataclasses.fields(output) if field.init]
-        return ["dict", _path(output), *([name, template_of(getattr(output, name))] for name in fields)]
+        return ["dict", _path(output), *([name, part(getattr(output, name))] for name in fields)]
     raise TypeError(f"a branch module returns a {type(output).__name__}, which cannot be made without computing it")
 
 
@@ -48,8 +56,8 @@ def _path(value: object) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def fill(template: Any, leaf: Callable[[tuple[Any, ...]], Any], at: tuple[Any, ...] = ()) -> Any:
-    """Build an output from its template, with ``leaf(path)`` for every tensor; a path is a tuple of keys."""
+def fill(template: Any, leaf: Callable[[Path], Any], given: Any = None, at: Path = ()) -> Any:
+    """Build an output from its template, with ``leaf(path)`` for every tensor and what is handed on from ``given``."""
     if template == "absent":
         return leaf(at)
     if template is None:
@@ -57,12 +65,14 @@ def fill(template: Any, leaf: Callable[[tuple[Any, ...]], Any], at: tuple[Any, .
     kind, *items = template
     if kind == "value":
         return items[0]
+    if kind == "given":
+        return pick(given, tuple(items))
     if kind == "dict":
         cls = _class(items[0])
-        return cls(**{key: fill(value, leaf, (*at, key)) for key, value in items[1:]})
+        return cls(**{key: fill(value, leaf, given, (*at, key)) for key, value in items[1:]})
     if kind == "named":
-        return _class(items[0])(*(fill(item, leaf, (*at, place)) for place, item in enumerate(items[1:])))
-    parts = (fill(item, leaf, (*at, place)) for place, item in enumerate(items))
+        return _class(items[0])(*(fill(item, leaf, given, (*at, place)) for place, item in enumerate(items[1:])))
+    parts = (fill(item, leaf, given, (*at, place)) for place, item in enumerate(items))
     return tuple(parts) if kind == "tuple" else list(parts)
 
 
@@ -74,18 +84,18 @@ def _class(path: str) -> Any:
     return found
 
 
-def pick(output: Any, at: tuple[Any, ...]) -> Any:
+def pick(output: Any, at: Path) -> Any:
     """Return what sits at a path that ``fill`` gave."""
     for key in at:
         output = getattr(output, key) if isinstance(key, str) and not isinstance(output, dict) else output[key]
     return output
 
 
-def paths_of(template: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths_of(template: Any, at: Path = ()) -> list[Path]:
     """Return the path of every tensor in a template, in order."""
     if template == "absent":
         return [at]
-    if template is None or template[0] == "value":
+    if template is None or template[0] in ("value", "given"):
         return []
     kind, *items = template
     if kind == "dict":
@@ -94,7 +104,7 @@ def paths_of(template: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path for place, item in enumerate(items) for path in paths_of(item, (*at, place))]
 
 
-def replaced(output: Any, at: tuple[Any, ...], value: Any) -> Any:
+def replaced(output: Any, at: Path, value: Any) -> Any:
     """Return an output with another value at a path; the containers on the way are new."""
     if not at:
         return value

@@ -83,14 +83,9 @@ class Trace:
     """Nodes of the model's outputs."""
 
 
-def is_sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_sum(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation adds or subtracts two tensors."""
-    return (
-        func._schema.name in SUMS
-        and len(args) == 2
-        and all(isinstance(arg, Tensor) for arg in args)
-        and "out" not in kwargs
-    )
+    return func._schema.name in SUMS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
 
 
 class _Recorder(TorchDispatchMode):
@@ -124,12 +119,13 @@ class _Recorder(TorchDispatchMode):
         node.arguments, node.function = arguments, self.function
         if func._overloadpacket in flop_registry:
             node.flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and isinstance(value, Tensor):
-                self._write(value, node)
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        for argument in func._schema.arguments:
+            if argument.is_write and isinstance(named.get(argument.name), Tensor):
+                self._write(named[argument.name], node)
         for tensor in tensors_in(output):
             self._remember(tensor, node.index)
-        if is_sum(func, args, kwargs):
+        if is_sum(func, args):
             node.operands, node.weighted = (arguments[0], arguments[1]), kwargs.get("alpha", 1) != 1
             node.shape = tuple(output.shape)
             self._sums_in.setdefault(_storage(output), []).append(node.index)
@@ -174,6 +170,9 @@ class _Recorder(TorchDispatchMode):
         if parent >= 0:
             self.calls[parent].children.append(call.index)
         call.inputs = self.nodes_in((args, kwargs))
+        given = {("args", place): value for place, value in enumerate(args) if isinstance(value, Tensor)}
+        given |= {("kwargs", key): value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        before = {path: self._node_of(value) for path, value in given.items()}
         self._stack.append(call.index)
         try:
             output = run(module, *args, **kwargs)
@@ -182,7 +181,8 @@ class _Recorder(TorchDispatchMode):
         call.outputs = self.nodes_in(output)
         call.finished, self._returned = self._returned, self._returned + 1
         try:
-            call.output = template_of(output)
+            untouched = {id(v): path for path, v in given.items() if self._node_of(v) == before[path]}
+            call.output = template_of(output, untouched)
             call.leaves = tuple((path, self._node_of(pick(output, path))) for path in paths_of(call.output))
         except TypeError as error:
             call.output = error

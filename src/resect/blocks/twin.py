@@ -55,4 +55,4 @@ def absent_output(
     def leaf(at: tuple[Any, ...]) -> Absent:
         return Absent(pending, clone, zeros, (Output(module, at), args, kwargs))
 
-    return fill(template, leaf)
+    return fill(template, leaf, {"args": args, "kwargs": kwargs})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,19 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     delete_layers(small, plan.evidence.get(COMPACT, {}).get("layers", ()))
     _check_fits(small, tensors, plan)
     # Tied tensors are stored once: strict=False after the check above, which knows about ties.
-    small.load_state_dict(tensors, strict=False)
+    small.load_state_dict(_with_versions(tensors, small), strict=False)
     loaded = small.state_dict()
     changed = [f"{key!r} is not what the file holds" for key in tensors if not _same(loaded[key], tensors[key])]
     check_all(changed, "The weights did not survive loading (another dtype, or tied weights)")
     small.resect_plan = plan  # type: ignore[assignment]
     return small
+
+
+def _with_versions(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Say of which version each module's weights are: safetensors drop it, and some modules then refuse them."""
+    state = OrderedDict(tensors)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    return state
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
