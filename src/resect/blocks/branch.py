@@ -35,9 +35,9 @@ def _has_weights(graph: Graph, term: Term) -> bool:
     if graph.parameters(term.nodes):
         return True
     return any(
-        has_weights(call.module) and set(own) <= term.nodes
-        for call in graph.trace.calls
-        if (own := _all_nodes(graph, call))
+        has_weights(call.module) and own <= term.nodes
+        for call in graph.calls_at(term.nodes)
+        if (own := graph.within(call))
     )
 
 
@@ -112,23 +112,20 @@ def _name(owner: str, calls: list[Call]) -> str:
 
 def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
     """Return the largest module calls that lie wholly inside a branch, in order, each module's once where possible."""
-    calls = graph.trace.calls
-    own = {call.index: _all_nodes(graph, call) for call in calls}
 
     def lies_inside(call: Call) -> bool:
         if call.name == "?":  # made inside forward: nothing to intercept; it passes an Absent on
             return False
-        nodes = own[call.index]
-        if nodes:
-            return all(node in inside for node in nodes)
+        if nodes := graph.within(call):
+            return nodes <= inside
         # A module that ran nothing (Identity, Dropout in eval mode) belongs where its value does.
         return bool(call.outputs) and all(node in inside for node in (*call.inputs, *call.outputs))
 
-    within = {call.index for call in calls if lies_inside(call)}
-    largest = [calls[index] for index in sorted(within) if calls[index].parent not in within]
+    found = {call.index: call for call in graph.calls_at(inside) if lies_inside(call)}
+    largest = [call for call in found.values() if call.parent not in found]
     kept: list[Call] = []
     for call in largest:
-        others = [other for other in calls if other.module is call.module and other.index not in within]
+        others = [other for other in graph.calls_of(call.module) if other.index not in found]
         # Without weights it passes an Absent on; a module of this branch alone is intercepted at every call.
         if others and not has_weights(call.module):
             continue
@@ -141,34 +138,24 @@ def _numbers(
     graph: Graph, term: Term, calls: list[Call], owner: Call | None
 ) -> tuple[tuple[int | None, ...], str | None, int | None]:
     """Number the calls of modules that also run outside the branch: (per module, counted in, the owner's)."""
-    same: dict[int, list[Call]] = {}
-    for call in graph.trace.calls:
-        same.setdefault(id(call.module), []).append(call)
     inside = {id(call.module) for call in calls}
     shared = [
         call for call in calls
-        if any(not set(_all_nodes(graph, other)) <= term.nodes for other in same[id(call.module)])
+        if any(not graph.within(other) <= term.nodes for other in graph.calls_of(call.module))
     ]  # fmt: skip
-    if owner is not None and len(same[id(owner.module)]) > 1 and id(owner.module) not in inside:
+    if owner is not None and len(graph.calls_of(owner.module)) > 1 and id(owner.module) not in inside:
         shared.append(owner)
     if not shared:
         return (None,) * len(calls), None, None
-    around = innermost(graph, [other.parent for call in shared for other in same[id(call.module)]])
-    places = {call.index: same[id(call.module)].index(call) for call in shared}
+    around = innermost(graph, [other.parent for call in shared for other in graph.calls_of(call.module)])
+    places = {call.index: graph.calls_of(call.module).index(call) for call in shared}
     owner_call = places.get(owner.index) if owner is not None else None
     return tuple(places.get(call.index) for call in calls), around.name if around else "", owner_call
 
 
-def _all_nodes(graph: Graph, call: Call) -> list[int]:
-    nodes = [node for node in call.nodes if graph.live[node]]
-    for child in call.children:
-        nodes += _all_nodes(graph, graph.trace.calls[child])
-    return nodes
-
-
 def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) -> tuple[str, ...]:
     """Return the raw parameters that no value from a branch module ever meets: the branch begins there too."""
-    made = {node for call in calls for node in (*call.outputs, *_all_nodes(graph, call))} & term.nodes
+    made = {node for call in calls for node in (*call.outputs, *graph.within(call))} & term.nodes
 
     def meets(node: int) -> bool:
         return node in made or any(graph.descends(node, other) for other in made)
@@ -180,15 +167,14 @@ def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) 
 
 def _check_entries(graph: Graph, term: Term, entries: tuple[str, ...], owner: Call | None) -> None:
     """Raise if the owner uses a parameter that has to be absent for something else too."""
-    within = set(_all_nodes(graph, owner)) if owner is not None else {node.index for node in graph.nodes}
+    within = graph.within(owner) if owner is not None else {node.index for node in graph.nodes}
     for name in entries:
         if (graph.parameters_users(name) & within) - term.nodes:
             raise Refused(f"parameter {name!r} is also used outside the branch, in the same call")
 
 
 def _pending_of(graph: Graph, term: Term, ahead: dict[int, int], name: str) -> int:
-    nodes = [node.index for node in graph.nodes if node.parameter == name]
-    return max((graph.sums_after(node, term.nodes, ahead) for node in nodes), default=0)
+    return max((graph.sums_after(node, term.nodes, ahead) for node in graph.parameter_nodes(name)), default=0)
 
 
 def _end(
@@ -206,7 +192,7 @@ def _end(
             return len(calls) + raw.index(entries[-1]), None, False, ""
         return None, None, False, "no value of its modules reaches the addition"
     call = max(ending, key=lambda call: call.finished)
-    if sum(other.module is call.module for other in graph.trace.calls) > 1 and not _is_numbered(graph, term, call):
+    if len(graph.calls_of(call.module)) > 1 and not _is_numbered(graph, term, call):
         return None, None, False, f"the branch ends in {call.name!r}, which runs more than once in it"
     place = calls.index(call)
     if call.output == "absent":
@@ -221,8 +207,7 @@ def _end(
 
 
 def _is_numbered(graph: Graph, term: Term, call: Call) -> bool:
-    others = [other for other in graph.trace.calls if other.module is call.module]
-    return sum(set(_all_nodes(graph, other)) <= term.nodes for other in others) == 1
+    return sum(graph.within(other) <= term.nodes for other in graph.calls_of(call.module)) == 1
 
 
 def _leaf(call: Call, node: int) -> tuple[Any, ...] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+from torch import nn
+
 from resect.blocks.absent import SUMS
-from resect.blocks.trace import Trace
+from resect.blocks.trace import Call, Trace
 
 
 class Graph:
@@ -24,6 +26,20 @@ class Graph:
                 bits |= self.ancestors[source] | (1 << source)
             self.ancestors.append(bits)
             self.dependent.append(node.is_input or any(self.dependent[source] for source in node.inputs))
+        self._parameters: dict[str, list[int]] = {}
+        for node in self.nodes:
+            if node.parameter is not None:
+                self._parameters.setdefault(node.parameter, []).append(node.index)
+        self._calls: dict[int, list[Call]] = {}
+        self._returned_by: dict[int, list[Call]] = {}
+        self._within: list[frozenset[int]] = [frozenset()] * len(trace.calls)
+        for call in reversed(trace.calls):  # what a call called comes after it
+            own = frozenset(node for node in call.nodes if self.live[node])
+            self._within[call.index] = own.union(*(self._within[child] for child in call.children))
+        for call in trace.calls:
+            self._calls.setdefault(id(call.module), []).append(call)
+            for leaf in call.outputs:
+                self._returned_by.setdefault(leaf, []).append(call)
 
     def _live(self) -> list[bool]:
         live = [False] * len(self.nodes)
@@ -96,4 +112,27 @@ class Graph:
 
     def parameters_users(self, name: str) -> set[int]:
         """Return the operations that use a parameter."""
-        return {user for node in self.nodes if node.parameter == name for user in self.users(node.index)}
+        return {user for node in self._parameters.get(name, ()) for user in self.users(node)}
+
+    def parameter_nodes(self, name: str) -> list[int]:
+        """Return the nodes that a parameter is."""
+        return self._parameters.get(name, [])
+
+    def within(self, call: Call) -> frozenset[int]:
+        """Return the operations that a call ran, inside its children too, and that matter for the output."""
+        return self._within[call.index]
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        """Return every call of a module, in order."""
+        return self._calls[id(module)]
+
+    def calls_at(self, inside: Iterable[int]) -> list[Call]:
+        """Return, in order, the calls that ran one of these operations or return its value."""
+        found: set[int] = set()
+        for node in inside:
+            found.update(call.index for call in self._returned_by.get(node, ()))
+            call = self.nodes[node].call
+            while call >= 0 and call not in found:
+                found.add(call)
+                call = self.trace.calls[call].parent
+        return [self.trace.calls[index] for index in sorted(found)]

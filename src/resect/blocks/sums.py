@@ -107,10 +107,10 @@ def _identity(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
 def term_of(graph: Graph, sum_: int, operand: Operand, shortcut: Shortcut, shortcuts: list[int]) -> Term:
     """Return the branch that ends in one operand of a sum."""
     between = [
-        node.index
-        for node in graph.nodes
-        if (node.index == operand.value or graph.descends(operand.value, node.index))
-        and any(graph.descends(node.index, start) for start in shortcuts)
+        node
+        for node in range(min(shortcuts, default=operand.value), operand.value + 1)
+        if (node == operand.value or graph.descends(operand.value, node))
+        and any(graph.descends(node, start) for start in shortcuts)
     ]
     weighty = bool(graph.parameters(between))
     exits = ((operand.addition, operand.place),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -123,12 +123,16 @@ def tensors_in(value: Any, and_absent: bool = False) -> list[Any]:
     wanted = (Tensor, InFlight) if and_absent else (Tensor,)
     if isinstance(value, wanted):
         return [value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    leaves = tree_leaves(value, is_leaf=dataclasses.is_dataclass)
-    found = [tensors_in(leaf, and_absent) for leaf in leaves if isinstance(leaf, wanted) or _is_dataclass(leaf)]
-    return [tensor for tensors in found for tensor in tensors]
-
-
-def _is_dataclass(leaf: Any) -> bool:
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    if value is None or isinstance(value, _PLAIN):
+        return []
+    inside: Iterable[Any]
+    if type(value) in (tuple, list):  # every operation's arguments: too many for the general way
+        inside = value
+    elif type(value) is dict:
+        inside = value.values()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inside = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        leaves = tree_leaves(value, is_leaf=dataclasses.is_dataclass)
+        inside = [leaf for leaf in leaves if leaf is not value]
+    return [tensor for item in inside for tensor in tensors_in(item, and_absent)]
