@@ -18,6 +18,9 @@ import torch
 from resect.errors import AttachError
 
 
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 class Versioned(Protocol):
     """What is asked of a gate."""
 
@@ -55,8 +58,11 @@ def changed(gate: Versioned) -> AttachError:
 
 def stamp(gate: Versioned, training: bool) -> None:
     """Note the gate's version in the checkpoint, if any, whose forward pass is running."""
+    hooked = _TOP_HOOKS is None or _TOP_HOOKS(False)  # somebody changes what is saved for the backward pass
+    if not (hooked or training):  # asked first, because it is quick and mostly true
+        return
     if torch.is_grad_enabled():
-        holder, attribute = _non_reentrant(), "recompute_fn"
+        holder, attribute = _non_reentrant() if hooked else None, "recompute_fn"
     elif training:  # outside training, no gradient enabled means inference: not worth a look at the stack
         holder, attribute = _reentrant(), "run_function"
     else:
@@ -70,17 +76,11 @@ def stamp(gate: Versioned, training: bool) -> None:
     function.seen.setdefault(gate, (gate.version, gate.state))
 
 
-_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
 def _non_reentrant() -> Any:
     """Return the frame of the checkpoint that saves tensors now: its hooks close over it."""
     if _TOP_HOOKS is None:  # this torch does not tell its hooks; the generator that holds the frame is on the stack
         return _on_stack("checkpoint", "gen", _frame_of)
-    hooks = _TOP_HOOKS(False)
-    if not hooks:
-        return None
-    for cell in getattr(hooks[0], "__closure__", None) or ():
+    for cell in getattr(_TOP_HOOKS(False)[0], "__closure__", None) or ():
         with suppress(ValueError):  # a cell that is still empty
             frame = cell.cell_contents
             frame = frame() if isinstance(frame, weakref.ref) else frame

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from resect.blocks.block import ResidualBlock
 from resect.blocks.recompute import changed, stamp
@@ -15,6 +16,9 @@ from resect.errors import AttachError
 PORT = "_resect_port"
 Mode: TypeAlias = Literal["training", "eval"] | None
 """When a gate acts: while the owner trains, while it does not, or always."""
+
+_backward = torch._C._current_graph_task_id
+"""Number of the backward pass that is running; -1: none."""
 
 
 class Gate:
@@ -32,6 +36,8 @@ class Gate:
         self.is_closed = False
         self.function: Callable[[Tensor], Tensor] | None = None
         self.join: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.changes = False
+        """Whether it has a function or a join."""
         self.version = 0
         self.seen_version = 0
         self.served = False
@@ -79,12 +85,24 @@ class Gate:
     def _become(self, **state: Any) -> Gate:
         self.is_closed, self.function, self.join = False, None, None
         self.__dict__.update(state)
+        self.changes = self.function is not None or self.join is not None
         self.version += 1
         return self
 
+    def shuts(self) -> bool:
+        """Whether a module of the branch that is called now must not run. Notes the forward pass."""
+        compiling = is_dynamo_compiling()
+        if not compiling:
+            self.note_forward()
+        if not self.is_closed or not self.acts:
+            return False
+        if not compiling:
+            self.served = True
+        return True
+
     def note_forward(self) -> None:
         """Raise if a recomputation in a backward pass sees another state than the forward pass did."""
-        if torch._C._current_graph_task_id() == -1:
+        if _backward() == -1:
             self.seen_version = self.version
             stamp(self, self.owner.training)
         elif self.seen_version != self.version:
