@@ -170,7 +170,6 @@ def test_the_example_is_moved_to_the_models_device():
     assert seen == [("meta", "meta")]
 
 
-@pytest.mark.xfail(strict=True, reason="verification cannot compare values on the meta device yet")
 def test_weights_on_meta():
     """A model too large to hold: its blocks are found without computing, by the names they have when it is real."""
     assert resect.find_blocks(Net().to("meta"), X).names == resect.find_blocks(Net(), X).names

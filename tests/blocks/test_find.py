@@ -221,9 +221,10 @@ def test_a_wrong_choice_of_modules_is_caught_by_the_oracle():
     right = list(blocks)
     wrong = replace(blocks[0], modules=blocks[1].modules)
     with quiet(net):
-        good, bad = verify.verify(net, x, right)
+        good, bad = verify.verify(verify.ValueCheck(net, x, right), right)
         assert (len(good), bad) == (3, [])
-        good, bad = verify.verify(net, x, [wrong, right[2]])
+        mixed = [wrong, right[2]]
+        good, bad = verify.verify(verify.ValueCheck(net, x, mixed), mixed)
     assert [block.name for block in good] == [right[2].name]
     assert "without it" in bad[0].reason
 
@@ -233,7 +234,8 @@ def test_a_wrong_branch_end_is_caught_by_the_oracle():
     x = torch.randn(3, 4)
     (block,) = resect.find_blocks(net, x)
     with quiet(net):
-        good, bad = verify.verify(net, Example.of(x), [replace(block, exact=True)])
+        wrong = [replace(block, exact=True)]
+        good, bad = verify.verify(verify.ValueCheck(net, Example.of(x), wrong), wrong)
     assert not bad
     assert good[0].scalable
     assert not good[0].exact, "it is not the branch end; the gate acts at the addition"

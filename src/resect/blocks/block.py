@@ -75,6 +75,8 @@ class ResidualBlock:
     """Floating-point operations of the branch on the example (two per multiply-add)."""
     reason: str = ""
     """Why the block cannot be scaled, where it cannot."""
+    verified: Literal["values", "structure"] = "values"
+    """How it was compared with the oracle: to the bit, or, on the meta device, by what is executed alone."""
 
     @property
     def closable(self) -> bool:

@@ -14,11 +14,13 @@ from resect.blocks.choose import number_stages
 from resect.blocks.example import Example
 from resect.blocks.gate import check_detached, remember
 from resect.blocks.graph import Graph
+from resect.blocks.outline import OutlineCheck
 from resect.blocks.rehearse import check_repeats, run_once
 from resect.blocks.sums import find_terms
 from resect.blocks.trace import quiet, trace
 from resect.blocks.unwrap import check_visible, eager, unwrap
-from resect.blocks.verify import verify as check
+from resect.blocks.verify import Check, ValueCheck
+from resect.blocks.verify import verify as verify_blocks
 from resect.errors import InputError, unknown
 
 
@@ -31,7 +33,9 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
 
     Parameters
     ----------
-    model: any ``nn.Module``. Of one wrapped by ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile`` the
+    model: any ``nn.Module``. One on the meta device (``with torch.device("meta"): …``) is not computed: its blocks are
+        verified by structure alone (``block.verified``), and their names hold for the model with weights.
+        Of one wrapped by ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile`` the
         model inside is taken, and blocks are named as in there; compiled parts run as written meanwhile.
     example: what the model is called with: a tensor, a tuple of positional arguments, a mapping of
         keyword arguments, or ``resect.Example(args, kwargs)``. Use a real training batch where an epsilon
@@ -66,7 +70,9 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
         check_repeats(inner, sample, recorded, output)
         graph = Graph(recorded)
         candidates, refused = describe(graph, find_terms(graph), inner)
-        good, bad = check(inner, sample, candidates, each=verify == "each")
+        on_meta = any(tensor.is_meta for tensor in inner.parameters())
+        check: Check = OutlineCheck(inner, sample, recorded) if on_meta else ValueCheck(inner, sample, candidates)
+        good, bad = verify_blocks(check, candidates, each=verify == "each")
     blocks = Blocks(
         number_stages(good),
         model=type(inner).__name__,

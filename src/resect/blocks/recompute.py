@@ -17,7 +17,6 @@ import torch
 
 from resect.errors import AttachError
 
-
 _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 

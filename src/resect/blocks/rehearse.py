@@ -191,6 +191,12 @@ def _raised_in(model: nn.Module, error: BaseException) -> str:
 
 def _hint(model: nn.Module, example: Example, error: Exception) -> str:
     """Say what to do about an example that does not fit."""
+    if any(parameter.is_meta for parameter in model.parameters()) and "meta" in str(error):
+        return (
+            "The model is on the meta device, where nothing has a value, and it asks for one: leave out the argument "
+            "or option that makes it (attention_mask and use_cache=False do in transformers), or find the blocks of a "
+            "small version with weights: the names are the same."
+        )
     given = example.tensors()
     wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     floats = [tensor for tensor in given if tensor.is_floating_point()]

@@ -51,6 +51,7 @@ def line(block: ResidualBlock) -> str:
         f"{block.parameters:,} parameters",
         *([f"{block.flops:,} FLOPs on the example"] if block.flops else []),
         *(f"cannot be {what}: {why}" if why else f"cannot be {what}" for what, why in limits(block)),
+        *(["verified by structure alone"] if block.verified == "structure" else []),
     ]
     return f"{block.name}: {', '.join(facts)}"
 
@@ -185,6 +186,9 @@ def _abilities(blocks: Blocks) -> list[str]:
     for (what, why), names in found.items():
         who = f"{len(names)} of {len(blocks)} cannot be {what}" if len(blocks) > 1 else f"It cannot be {what}"
         notes.append(f"{who} ({places(names)}): {why}." if why else f"{who}: {places(names)}.")
+    if unseen := sum(block.verified == "structure" for block in blocks):
+        who = "Verified" if unseen == len(blocks) else f"{unseen} of {len(blocks)} verified"
+        notes.append(f"{who} by structure alone, on the meta device: which operations run, not what comes out.")
     return notes
 
 

@@ -24,7 +24,7 @@ _NONLINEAR = (
 
 
 _ELEMENTWISE = ("mul", "mul_", "rsub", "sub", "neg", "add", "add_")
-_VIEWS = frozenset(
+VIEWS = frozenset(
     "aten::" + op
     for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
                "clone", "contiguous", "alias", "detach", "flatten", "select", "slice")
@@ -200,7 +200,7 @@ def _is_factor(graph: Graph, light: frozenset[int], source: int) -> bool:
 
 def views_back(graph: Graph, node: int, stop: set[int]) -> int:
     """Follow views of a value back to where it was made, or to the first node of ``stop``."""
-    while graph.nodes[node].op in _VIEWS and node not in stop:
+    while graph.nodes[node].op in VIEWS and node not in stop:
         node = graph.nodes[node].inputs[0]
     return node
 

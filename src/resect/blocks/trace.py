@@ -44,11 +44,12 @@ class Node:
     """The outermost torch function under which it ran, as Python sees it: ``add``, ``linear``, …"""
     arguments: tuple[int, ...] = ()
     """Per positional argument, the node of the tensor it is, else -1."""
+    shape: tuple[int, ...] = ()
+    """Of its result, where that is one tensor."""
     # For a sum or difference of two tensors only:
     operands: tuple[int, int] | None = None
     weighted: bool = False
     """Its second operand is multiplied (``alpha``)."""
-    shape: tuple[int, ...] = ()
     written_later: bool = False
     """Its result is later changed in place."""
 
@@ -117,6 +118,7 @@ class _Recorder(TorchDispatchMode):
 
         node = self._add(func._schema.name, inputs)
         node.arguments, node.function = arguments, self.function
+        node.shape = tuple(output.shape) if isinstance(output, Tensor) else ()
         if func._overloadpacket in flop_registry:
             node.flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
@@ -127,7 +129,6 @@ class _Recorder(TorchDispatchMode):
             self._remember(tensor, node.index)
         if is_sum(func, args):
             node.operands, node.weighted = (arguments[0], arguments[1]), kwargs.get("alpha", 1) != 1
-            node.shape = tuple(output.shape)
             self._sums_in.setdefault(_storage(output), []).append(node.index)
         return output
 

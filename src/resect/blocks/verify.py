@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,22 +66,37 @@ class Oracle(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Check(Protocol):
+    """How blocks are compared with what they should be; both ways say how they differ, "" if they do not."""
+
+    @property
+    def verified(self) -> Literal["values", "structure"]:
+        """What is compared."""
+        ...
+
+    def closing_differs(self, candidates: Sequence[ResidualBlock]) -> str:
+        """Compare the model with these blocks closed."""
+        ...
+
+    def acting_differs(self, candidates: Sequence[ResidualBlock]) -> str:
+        """Compare the model with a function on the branch end of each of these blocks."""
+        ...
+
+
 def verify(
-    model: nn.Module, example: Example, candidates: Sequence[ResidualBlock], *, each: bool = False
+    check: Check, candidates: Sequence[ResidualBlock], *, each: bool = False
 ) -> tuple[list[ResidualBlock], list[Refusal]]:
     """Split candidates into verified blocks and refusals; call it inside ``quiet``.
 
-    Closing: a few random subsets and all blocks at once must equal the oracle to the bit. Acting on the
-    branch end: all blocks at once, each with its own function. On disagreement the list is halved until
-    the blocks at fault stand alone; what is not the branch end may still be carried to the addition.
+    All are compared at once, or each alone too. On disagreement the list is halved until the blocks at fault
+    stand alone; what is not the branch end may still be carried to the addition.
     """
-    check = _Check(model, example, candidates)
-    bad_close = check.at_fault(candidates, check.closing_differs, each)
+    bad_close = at_fault(candidates, check.closing_differs, each)
     good = [block for block in candidates if block.name not in bad_close]
-    bad_end = check.at_fault([block for block in good if block.scalable], check.acting_differs, each)
+    bad_end = at_fault([block for block in good if block.scalable], check.acting_differs, each)
     good = [replace(block, exact=False) if block.name in bad_end else block for block in good]
     carried = [block for block in good if block.name in bad_end]
-    still_bad = check.at_fault(carried, check.acting_differs, each)
+    still_bad = at_fault(carried, check.acting_differs, each)
     out_of_reach = {name: reason for name, reason in bad_end.items()
                     if name in still_bad or all(block.name != name for block in carried)}  # fmt: skip
     blocks = [
@@ -92,9 +107,29 @@ def verify(
     ]
     where = {block.name: block.owner for block in candidates}
     return (
-        [replace(block, index=index) for index, block in enumerate(blocks)],
+        [replace(block, index=index, verified=check.verified) for index, block in enumerate(blocks)],
         [Refusal(where[name] or name, reason) for name, reason in bad_close.items()],
     )
+
+
+def at_fault(
+    candidates: Sequence[ResidualBlock], differs: Callable[[Sequence[ResidualBlock]], str], each: bool
+) -> dict[str, str]:
+    """Return ``{name: reason}`` of the candidates that disagree with the oracle."""
+    if not candidates:
+        return {}
+    if each:
+        found = {c.name: differs([c]) for c in candidates}
+        return {name: reason for name, reason in found.items() if reason}
+    reason = differs(candidates)
+    if not reason:
+        return {}
+    if len(candidates) == 1:
+        return {candidates[0].name: reason}
+    half = len(candidates) // 2
+    found = at_fault(candidates[:half], differs, each) | at_fault(candidates[half:], differs, each)
+    # Alone each agrees, together they do not: none of them can be trusted.
+    return found or {c.name: "it agrees with the oracle alone, but not with other blocks" for c in candidates}
 
 
 def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock]) -> Any:
@@ -122,30 +157,18 @@ def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock])
         return _copied(example.run(model)), seen
 
 
-class _Check:
+class ValueCheck:
+    """Runs the model with gates and under the oracle, and compares every value to the bit.
+
+    Closing: all blocks at once and a random subset. Acting on the branch end: all at once, each by its own function.
+    """
+
+    verified: Literal["values"] = "values"
+
     def __init__(self, model: nn.Module, example: Example, blocks: Sequence[ResidualBlock]) -> None:
         self.model = model
         self.example = example
         self.blocks = blocks
-
-    def at_fault(
-        self, candidates: Sequence[ResidualBlock], differs: Callable[[Sequence[ResidualBlock]], str], each: bool
-    ) -> dict[str, str]:
-        """Return ``{name: reason}`` of the candidates that disagree with the oracle."""
-        if not candidates:
-            return {}
-        if each:
-            found = {c.name: differs([c]) for c in candidates}
-            return {name: reason for name, reason in found.items() if reason}
-        reason = differs(candidates)
-        if not reason:
-            return {}
-        if len(candidates) == 1:
-            return {candidates[0].name: reason}
-        half = len(candidates) // 2
-        found = self.at_fault(candidates[:half], differs, each) | self.at_fault(candidates[half:], differs, each)
-        # Alone each agrees, together they do not: none of them can be trusted.
-        return found or {c.name: "it agrees with the oracle alone, but not with other blocks" for c in candidates}
 
     def closing_differs(self, candidates: Sequence[ResidualBlock]) -> str:
         """Say how closing disagrees with the oracle, "" if it does not."""

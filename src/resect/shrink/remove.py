@@ -100,6 +100,11 @@ def remove(
     if blocks.example is None:
         raise BlocksError("These blocks carry no example to prove the removal on. Use find_blocks(model, example).")
     check_detached(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ProofError(
+            "The model is on the meta device, so there are no values to prove a removal on. Remove the blocks from the "
+            "model with its weights: their names hold there too."
+        )
     if any(block not in tuple(blocks) for block in plan.blocks):
         # A plan from another run of the same architecture: act on this model's own blocks.
         plan = Plan(tuple(blocks.select(plan.names)), plan.by, plan.scores, plan.evidence, plan.model)
