@@ -154,7 +154,7 @@ def _blocks(branches):
         "calls": (None,), "templates": ("absent",),
         "raw_parameters": (), "entries": (), "pending": (0,), "end": 0, "end_leaf": None, "exact": True,
         "owner_call": None, "counted_in": None, "places": (), "clone": False, "unwrap": False, "zeros": False,
-        "shape": (), "parameters": 0, "flops": 0,
+        "spreads": False, "shape": (), "parameters": 0, "flops": 0,
     }  # fmt: skip
     names = [(place, f"b{place}.{branch}") for place, count in enumerate(branches) for branch in range(count)]
     return resect.Blocks(

@@ -126,3 +126,135 @@ def test_what_a_closed_module_only_hands_on_goes_on() -> None:
     assert resect.Blocks.from_json(blocks.to_json())[0] == blocks[0]
     closed_is_zeroed(model, x, "layers.0", "layers.0.inner.f")
     closed_is_zeroed(model, x, "layers.1", "layers.1.inner.f")
+
+
+class Gated(nn.Module):
+    """A stream of its own ends in the other's branch, and each layer keeps a state in the model's tensor."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.side = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.queries = nn.Parameter(torch.randn(3, width))
+        self.own, self.cross = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, context):
+        for layer in self.side:
+            context = context + torch.tanh(layer(context))
+        queries = self.queries + torch.tanh(self.own(self.queries))
+        return queries + self.cross(torch.softmax(queries @ context.T, 1) @ context)
+
+
+def test_a_stream_that_only_ends_in_a_branch_is_no_part_of_it():
+    torch.manual_seed(0)
+    model = Gated().eval()
+    blocks = resect.find_blocks(model, torch.randn(5, 4))
+    assert blocks.names == ["side.0", "side.1", "own", "cross"]  # learned queries carry a stream too
+    assert blocks["cross"].modules == ("cross",)
+
+
+class Stateful(nn.Module):
+    """Writes the branch's value into a tensor of its own and into one of the caller's."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x, state):
+        value = torch.tanh(self.first(x))
+        state[:, 0] = value[:, -1]
+        x = x + value
+        mixed = torch.zeros_like(x)
+        mixed[:, 1:] = self.second(x)[:, :-1]
+        return x + mixed * 2
+
+
+def test_what_a_closed_branch_would_write_stays_unwritten():
+    torch.manual_seed(0)
+    model, x, state = Stateful().eval(), torch.randn(3, 4), torch.ones(3, 2)
+    blocks = resect.find_blocks(model, (x, state))
+    assert blocks.names == ["first", "second"]
+    with torch.no_grad():
+        with resect.closed(model, "second"):
+            assert torch.equal(model(x, state.clone()), x + torch.tanh(model.first(x)))
+        after = state.clone()
+        with resect.closed(model, "first"):
+            out = model(x, after)
+        shifted = torch.cat([torch.zeros(3, 1), model.second(x)[:, :-1]], 1)
+        assert torch.equal(out, x + 2 * shifted)
+        assert torch.equal(after, state)
+        small = resect.remove(model, blocks, blocks.names)
+        assert torch.equal(small(x, state.clone()), x)
+
+
+def test_a_closed_module_hands_the_cache_back():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x, cache):
+            cache["seen"] = True
+            return self.f(x), cache
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Cached()
+
+        def forward(self, x):
+            cache = Cache()
+            value, again = self.attention(x, cache)
+            assert again is cache
+            return x + value
+
+    model, x = Model().eval(), torch.randn(2, 4)
+    with resect.closed(model, resect.find_blocks(model, x)):
+        assert torch.equal(model(x), x)
+
+
+class Cache(dict):
+    """Not a plain dict: it can be handed on, not made anew."""
+
+    def __init__(self):
+        super().__init__()
+
+
+def test_an_activation_with_parameters_is_no_block():
+    class Snake(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.alpha = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            x = self.f(x)
+            return x + torch.sin(self.alpha * x) ** 2 / self.alpha
+
+    assert not resect.find_blocks(Snake().eval(), torch.randn(2, 4))
+
+
+def test_what_else_a_module_returns_does_not_count_as_on_the_way():
+    """A router's scores meet sums inside the module; the caller drops them."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.router = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            scores = self.router(x)
+            return self.f(x) + scores.sigmoid() + scores, scores
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Experts()
+
+        def forward(self, x):
+            value, _ = self.experts(x)
+            return x + value
+
+    model, x = Model().eval(), torch.randn(2, 4)
+    blocks = resect.find_blocks(model, x)
+    assert blocks.names == ["experts"]
+    with resect.closed(model, blocks):
+        assert torch.equal(model(x), x)

@@ -99,6 +99,10 @@ def test_what_is_and_is_not_a_residual_block(build, count):
     assert len(resect.find_blocks(build(), torch.randn(3, 5 if count else 4))) == count
 
 
+def signed(value):
+    return value if value.sum() > 0 else -value
+
+
 def refusals():
     return {
         "used elsewhere": (
@@ -110,9 +114,8 @@ def refusals():
             "",
         ),
         "control flow": (
-            OneBlock(lambda m, x: x + m.g(m.f(x) * (m.f.out_features if m.f(x).sum() > -1e9 else 0)),
-                     f=nn.Linear(4, 4), g=nn.Linear(4, 4)),
-            "",
+            OneBlock(lambda m, x: x + m.g(signed(m.f(x))), f=nn.Linear(4, 4), g=nn.Linear(4, 4)),
+            "decides by it",
         ),
     }  # fmt: skip
 

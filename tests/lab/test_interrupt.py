@@ -188,6 +188,15 @@ def test_a_training_that_never_took_a_step_leaves_no_folder(tmp_path):
     assert (tmp_path / "mine").is_dir(), "it was there before"
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores this signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_signals_are_taken_once_and_given_back():
     before = signal.getsignal(signal.SIGINT)
     with stop_signals(True) as stopped:

@@ -53,7 +53,7 @@ def test_a_failed_proof_returns_nothing_and_leaves_an_in_place_model_whole(setup
     before, keys = net(x), list(net.state_dict())
 
     def wrong(self, *args, **kwargs):
-        return args[0] * 0.5 if self.block.name == "layers.0/a" else Absent(0)
+        return args[0] * 0.5 if self.block.name == "layers.0/a" else Absent(0, self.block)
 
     monkeypatch.setattr(removing.Removed, "forward", wrong)
     with pytest.raises(ProofError, match=r"layers.0/a.*does not give the closed model.*differs by up to"):

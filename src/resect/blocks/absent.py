@@ -6,20 +6,19 @@ every operation on an Absent gives an Absent, until the block's addition, where 
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from resect.errors import ResectError
+from resect.blocks.block import ResidualBlock
+from resect.blocks.inflight import DIFFERENCES, AbsentError, InFlight
 
-_SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_DIFFERENCES = frozenset({"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"})
-SUMS = _SUMS | _DIFFERENCES
 _JOINED = frozenset({"cat", "concat", "concatenate"})
 _OF_A_VALUE = frozenset({"item", "tolist", "numpy", "data_ptr", "backward", "storage", "untyped_storage"})
 _OF_A_SHAPE = frozenset(
@@ -27,92 +26,6 @@ _OF_A_SHAPE = frozenset(
      "is_floating_point", "is_complex", "get_device", "shape", "ndim", "dtype", "layout", "is_cuda", "is_sparse",
      "requires_grad", "is_nested", "is_quantized", "names", "itemsize", "nbytes", "is_meta", "is_mps", "is_cpu"}
 )  # fmt: skip
-
-
-class AbsentError(ResectError, AttributeError):
-    """The model asked a value that was not computed for something only a computed value has."""
-
-
-class InFlight:
-    """A branch's value on its way to its addition; how it meets the shortcut is the subclass's matter."""
-
-    result: Any = None
-    """What an addition in place, whose result the model dropped, made of this value."""
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Intercept every torch operation that meets this value."""
-        kwargs = dict(kwargs or {})
-        values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, InFlight)]
-        if any(value.result is not None for value in values):
-            args, kwargs = tree_map_only(InFlight, settled, (args, kwargs))
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        args, kwargs = positional(args, kwargs) if name in SUMS else (args, kwargs)
-        out = kwargs.pop("out", None)
-        if name in SUMS and len(args) >= 2 and isinstance(args[0], (Tensor, InFlight)):
-            result = values[0].meet(func, args[0], args[1], kwargs)
-        else:
-            result = values[0].pass_through(func, args, kwargs)
-        if out is None:
-            return result
-        if not isinstance(result, Tensor):
-            raise AbsentError(f"the model writes {name!r} of a branch's value into a tensor of its own (out=)")
-        return out.copy_(result)
-
-    def meet(self, func: Callable[..., Any], left: Any, right: Any, kwargs: dict[str, Any]) -> Any:
-        """Give the value of ``left ± right``, of which one is this value."""
-        raise NotImplementedError
-
-    def pass_through(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Give the value of any other operation."""
-        raise NotImplementedError
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return type(self).__torch_function__(operator.getitem, (), (self, key))
-
-
-def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a sum with its operands in their places, also where the model names them."""
-    named = [kwargs[key] for key in ("input", "other") if key in kwargs]
-    return (*args, *named), {key: value for key, value in kwargs.items() if key not in ("input", "other")}
-
-
-def settled(value: InFlight) -> Any:
-    """Return what became of a value that was added to in place; itself if nothing did."""
-    return value if value.result is None else value.result
-
-
-def _operator(func: Any, swapped: bool = False) -> Any:
-    def operate(self: InFlight, *others: Any) -> Any:
-        args = (*others, self) if swapped else (self, *others)
-        return type(self).__torch_function__(func, (), args)
-
-    return operate
-
-
-_OPERATORS = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "truediv": torch.div, "matmul": torch.matmul,
-    "pow": torch.pow, "floordiv": torch.floor_divide, "mod": torch.remainder,
-    "and": torch.bitwise_and, "or": torch.bitwise_or,
-}  # fmt: skip
-for _name, _func in _OPERATORS.items():
-    setattr(InFlight, f"__{_name}__", _operator(_func))
-    setattr(InFlight, f"__r{_name}__", _operator(_func, swapped=_name not in ("add", "mul")))
-for _name in ("add", "sub", "mul", "pow"):
-    setattr(InFlight, f"__i{_name}__", _operator(getattr(Tensor, f"__i{_name}__")))
-InFlight.__itruediv__ = _operator(Tensor.div_)  # type: ignore[attr-defined]
-for _name in ("neg", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(InFlight, f"__{_name}__", _operator(getattr(torch, {"invert": "bitwise_not"}.get(_name, _name))))
 
 
 class Absent(InFlight):
@@ -124,11 +37,11 @@ class Absent(InFlight):
     """
 
     def __init__(
-        self, pending: float = math.inf, clone: bool = False, zeros: bool = False, source: tuple[Any, ...] | None = None
+        self, pending: float, block: ResidualBlock, training: bool = False, source: tuple[Any, ...] | None = None
     ) -> None:
         self.pending = pending
-        self.clone = clone
-        self.zeros = zeros
+        self.block = block
+        self.training = training
         self.source = source
 
     def meet(self, func: Callable[..., Any], left: Any, right: Any, kwargs: dict[str, Any]) -> Any:
@@ -143,19 +56,25 @@ class Absent(InFlight):
         if self.pending:
             return self._after(func, (left, right), kwargs, 1)
         if left is not self:
-            # Written in place it stays where the model expects it. Else, if the sum is written later, that
-            # must not reach the shortcut's own tensor.
+            # Written in place it stays where the model expects it.
             in_place = name.endswith("_") and name not in ("__add__", "__radd__", "__sub__")
-            return other.clone() if self.clone and not in_place and isinstance(other, Tensor) else other
+            return other if in_place else self._alone(other)
         shortcut: Any = other
-        value = -shortcut if name in _DIFFERENCES else shortcut
-        value = value.clone() if self.clone and isinstance(value, Tensor) else value
+        value = self._alone(-shortcut if name in DIFFERENCES else shortcut)
         if name in ("add_", "sub_", "subtract_"):
             self.result = value
         return value
 
+    def _alone(self, shortcut: Any) -> Any:
+        """Return the shortcut as the sum: a copy where the sum is written later, or lies closer in memory."""
+        if not isinstance(shortcut, Tensor):
+            return shortcut
+        # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
+        written = self.block.clone or self.training
+        return shortcut.clone() if written or _has_gaps(shortcut) else shortcut
+
     def _after(self, func: Any, args: Any, kwargs: Any, additions: int = 0) -> Absent:
-        return Absent(self.pending - additions, self.clone, self.zeros, (func, args, kwargs))
+        return Absent(self.pending - additions, self.block, self.training, (func, args, kwargs))
 
     def pass_through(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Nothing is computed from a value that was not computed."""
@@ -163,11 +82,28 @@ class Absent(InFlight):
         absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Absent)]
         nearest = min(absents, key=lambda absent: absent.pending)
         if args and isinstance(args[0], Tensor) and (name == "__setitem__" or _writes(name)):
-            raise AbsentError(f"the model writes a closed branch's value into another tensor ({name!r})")
-        if nearest.zeros and name in _JOINED and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            return nearest._written_into(args[0])
+        if (
+            nearest.block.zeros
+            and name in _JOINED
+            and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        ):
             args, kwargs = tree_map_only(Absent, Absent.as_zeros, (args, kwargs))
             return func(*args, **kwargs)
         return nearest._after(func, args, kwargs)
+
+    def _written_into(self, target: Tensor) -> Any:
+        """Write nothing; what is made for this branch alone is then not computed either."""
+        if not self.block.spreads:
+            if (found := _unwritten.get()) is not None:
+                found.append(target)
+            return target
+        for tensor in (target._base, target):
+            if tensor is not None:
+                shape, dtype = tuple(tensor.shape), tensor.dtype
+                tensor.__class__ = Spoiled
+                tensor.absent = absent_of_shape(self.pending, self.block, self.training, shape, dtype)  # type: ignore[attr-defined]
+        return target.absent  # type: ignore[attr-defined]
 
     def as_zeros(self) -> Tensor:
         """Return zeros of this value's shape."""
@@ -182,8 +118,8 @@ class Absent(InFlight):
             func, args, kwargs = self.source
             args, kwargs = tree_map_only((Tensor, Absent), on_meta, (args, kwargs))
             try:
-                with torch.no_grad():
-                    found = _without_device(func, args, kwargs)
+                with torch.no_grad(), _OnMeta():
+                    found = func(*args, **kwargs)
             except Exception as error:
                 raise AbsentError(f"the shape of a value that was not computed cannot be told: {error}") from error
             self._twin = found
@@ -232,16 +168,50 @@ class Absent(InFlight):
             shape = tuple(self.twin().shape), self.twin().dtype
         except (AbsentError, AttributeError):
             shape = None
-        return _again, (self.pending, self.clone, self.zeros, shape)
+        return _again, (self.pending, self.block, self.training, shape)
 
 
-def _again(pending: float, clone: bool, zeros: bool, shape: Any) -> Absent:
-    return absent_of_shape(pending, clone, zeros, *shape) if shape else Absent(pending, clone, zeros)
+def _again(pending: float, block: ResidualBlock, training: bool, shape: Any) -> Absent:
+    return absent_of_shape(pending, block, training, *shape) if shape else Absent(pending, block, training)
 
 
-def absent_of_shape(pending: float, clone: bool, zeros: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Absent:
+def absent_of_shape(
+    pending: float, block: ResidualBlock, training: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> Absent:
     """Return an Absent that knows its shape."""
-    return Absent(pending, clone, zeros, (torch.empty, (shape,), {"dtype": dtype, "device": "meta"}))
+    return Absent(pending, block, training, (torch.empty, (shape,), {"dtype": dtype, "device": "meta"}))
+
+
+class Spoiled(Tensor):
+    """A tensor into which a value was written that was not computed: every operation takes it for one too."""
+
+    absent: Absent
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Go on with the absent value; what only concerns the form is answered by the tensor."""
+        name = getattr(func, "__name__", "")
+        if name in _OF_A_SHAPE or name == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **(kwargs or {}))
+            if not isinstance(found, Tensor):
+                return found
+        args, kwargs = tree_map_only(Spoiled, lambda tensor: tensor.absent, (args, kwargs or {}))
+        return Absent.__torch_function__(func, types, args, kwargs)
+
+
+_unwritten: ContextVar[list[Tensor] | None] = ContextVar("unwritten", default=None)
+
+
+@contextmanager
+def unwritten() -> Iterator[list[Tensor]]:
+    """Collect the tensors of others into which a closed branch would have written its state."""
+    found: list[Tensor] = []
+    token = _unwritten.set(found)
+    try:
+        yield found
+    finally:
+        _unwritten.reset(token)
 
 
 def on_meta(value: Any) -> Any:
@@ -249,17 +219,29 @@ def on_meta(value: Any) -> Any:
     return value.twin() if isinstance(value, Absent) else value.detach().to("meta")
 
 
-def _without_device(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a function on meta tensors; a move to another device moves nothing there."""
-    name = getattr(func, "__name__", "")
-    if name in ("cpu", "cuda", "contiguous"):
-        return args[0]
-    if name == "to":
-        args = tuple(arg for arg in args if not isinstance(arg, (torch.device, str)))
-        kwargs = {key: value for key, value in kwargs.items() if key != "device"}
-        if len(args) == 1 and not kwargs:
+class _OnMeta(TorchFunctionMode):
+    """Run functions on meta tensors, where nothing has a device of its own and strides are not those of real ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("cpu", "cuda", "contiguous"):
             return args[0]
-    return func(*args, **kwargs)
+        if name == "to":
+            args = tuple(arg for arg in args if not isinstance(arg, (torch.device, str)))
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+            if len(args) == 1 and not kwargs:
+                return args[0]
+        if name == "view" and len(args) > 1 and not isinstance(args[1], torch.dtype):
+            func = Tensor.reshape  # another kernel than the real one may have left other strides
+        return func(*args, **kwargs)
+
+
+def _has_gaps(tensor: Tensor) -> bool:
+    """Whether a tensor is a slice with gaps: a sum has none, and another layout may mean other rounding later."""
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return False
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return extent != tensor.numel()
 
 
 def _writes(name: str) -> bool:

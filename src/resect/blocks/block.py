@@ -67,6 +67,8 @@ class ResidualBlock:
     """The sum is written into the branch's own value, which the owner may return."""
     zeros: bool
     """Part of the branch's value goes on beside the sum (a concatenation): zeros while it is closed."""
+    spreads: bool
+    """The branch writes its value into tensors that it makes outside its modules: they are absent too."""
     shape: tuple[int, ...]
     """Shape of the sum, on the example."""
     parameters: int

@@ -9,7 +9,7 @@ from torch import nn
 from resect.blocks.block import Refusal, ResidualBlock
 from resect.blocks.graph import Graph
 from resect.blocks.naming import innermost, part_of, unique
-from resect.blocks.sums import Term, drop_nested, views_back
+from resect.blocks.sums import HEAVY, Term, drop_nested, views_back
 from resect.blocks.trace import Call
 from resect.blocks.weights import has_weights
 
@@ -25,16 +25,16 @@ def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[Re
         try:
             found.append(block_of(graph, term, sizes, len(found)))
         except Refused as refusal:
-            where = graph.trace.calls[graph.nodes[term.sum].call].name if graph.nodes[term.sum].call >= 0 else ""
-            refused.append(Refusal(where or type(model).__name__, str(refusal)))
+            refused.append(Refusal(graph.place(term.sum) or type(model).__name__, str(refusal)))
     return unique(found), refused
 
 
 def _has_weights(graph: Graph, term: Term) -> bool:
-    """Whether a branch has weights: parameters, or what a quantised module holds in their place."""
-    if graph.parameters(term.nodes):
-        return True
-    return any(
+    """Whether a branch transforms: by modules with weights (quantised ones too), or by a fixed mixing.
+
+    Parameters alone are not enough: ``x + sin(a·x)²/a`` is an activation.
+    """
+    return graph.count(term.nodes, HEAVY) > 0 or any(
         has_weights(call.module) and own <= term.nodes
         for call in graph.calls_at(term.nodes)
         if (own := graph.within(call))
@@ -65,7 +65,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
     numbers, scope, owner_call = _numbers(graph, term, calls, owner if entries else None)
     ahead = graph.additions_to(term.nodes, [node for node, _ in term.exits])
     pending = (
-        *(max((graph.sums_after(leaf, term.nodes, ahead) for _, leaf in call.leaves), default=0) for call in calls),
+        *(_pending_after(graph, term, ahead, call) for call in calls),
         *(_pending_of(graph, term, ahead, name) for name in raw),
     )
     own = [name for name in sizes if name in raw or name.startswith(inside)]
@@ -95,6 +95,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
         clone=graph.nodes[term.sum].written_later,
         unwrap=_is_written_into(graph, term),
         zeros=term.zeros,
+        spreads=_spreads(graph, term, calls),
         shape=graph.nodes[term.sum].shape,
         parameters=sum(sizes[name] for name in own),
         flops=sum(graph.nodes[node].flops for node in term.nodes),
@@ -141,7 +142,7 @@ def _numbers(
     inside = {id(call.module) for call in calls}
     shared = [
         call for call in calls
-        if any(not graph.within(other) <= term.nodes for other in graph.calls_of(call.module))
+        if any(_runs_outside(graph, term, other) for other in graph.calls_of(call.module))
     ]  # fmt: skip
     if owner is not None and len(graph.calls_of(owner.module)) > 1 and id(owner.module) not in inside:
         shared.append(owner)
@@ -151,6 +152,16 @@ def _numbers(
     places = {call.index: graph.calls_of(call.module).index(call) for call in shared}
     owner_call = places.get(owner.index) if owner is not None else None
     return tuple(places.get(call.index) for call in calls), around.name if around else "", owner_call
+
+
+def _runs_outside(graph: Graph, term: Term, call: Call) -> bool:
+    """Whether a call does anything for others than the branch, be it in vain."""
+    live = graph.within(call)
+    return not live <= term.nodes if live else _ran(graph, call)
+
+
+def _ran(graph: Graph, call: Call) -> bool:
+    return bool(call.nodes) or any(_ran(graph, graph.trace.calls[child]) for child in call.children)
 
 
 def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) -> tuple[str, ...]:
@@ -165,12 +176,28 @@ def _entries(graph: Graph, term: Term, calls: list[Call], raw: tuple[str, ...]) 
     )
 
 
+def _spreads(graph: Graph, term: Term, calls: list[Call]) -> bool:
+    """Whether values of the branch's modules are written into tensors that it makes itself, outside them."""
+    made = {node for call in calls for node in (*call.outputs, *graph.within(call))} & term.nodes
+    targets = {graph.root(graph.nodes[node].target) for node in term.nodes if graph.nodes[node].target >= 0}
+    return any(
+        root in term.nodes and root not in made and not any(graph.descends(root, other) for other in made)
+        for root in targets
+    )
+
+
 def _check_entries(graph: Graph, term: Term, entries: tuple[str, ...], owner: Call | None) -> None:
     """Raise if the owner uses a parameter that has to be absent for something else too."""
     within = graph.within(owner) if owner is not None else {node.index for node in graph.nodes}
     for name in entries:
         if (graph.parameters_users(name) & within) - term.nodes:
             raise Refused(f"parameter {name!r} is also used outside the branch, in the same call")
+
+
+def _pending_after(graph: Graph, term: Term, ahead: dict[int, int], call: Call) -> int:
+    # What the call itself made of its outputs is of no concern: it returns, and others go on.
+    users = term.nodes - graph.within(call)
+    return max((graph.sums_after(leaf, users, ahead) for _, leaf in call.leaves), default=0)
 
 
 def _pending_of(graph: Graph, term: Term, ahead: dict[int, int], name: str) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from resect.blocks.absent import Absent, AbsentError, InFlight
+from resect.blocks.absent import Absent
+from resect.blocks.inflight import AbsentError, InFlight
 from resect.blocks.state import Acting
 
 

@@ -70,8 +70,7 @@ def absent_parameter(block: ResidualBlock, name: str, holder: nn.Module) -> Any:
     """Return the Absent that stands for a raw parameter of a branch."""
     parameter = getattr(holder, name.rpartition(".")[2])
     pending = block.pending[len(block.modules) + block.raw_parameters.index(name)]
-    clone = block.clone or holder.training
-    return absent_of_shape(pending, clone, block.zeros, tuple(parameter.shape), parameter.dtype)
+    return absent_of_shape(pending, block, holder.training, tuple(parameter.shape), parameter.dtype)
 
 
 @contextmanager

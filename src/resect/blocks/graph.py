@@ -7,8 +7,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from resect.blocks.absent import SUMS
+from resect.blocks.inflight import SUMS
 from resect.blocks.trace import Call, Trace
+
+VIEWS = frozenset(
+    "aten::" + op
+    for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
+               "clone", "contiguous", "alias", "detach", "flatten", "select", "slice")
+)  # fmt: skip
+"""Operations that give the same numbers in another form."""
 
 
 class Graph:
@@ -55,6 +62,22 @@ class Graph:
         """Whether ``ancestor`` went into ``node``."""
         return bool(self.ancestors[node] >> ancestor & 1)
 
+    def place(self, node: int) -> str:
+        """Return the name of the module that ran an operation itself."""
+        call = self.nodes[node].call
+        return self.trace.calls[call].name if call >= 0 else ""
+
+    def root(self, node: int) -> int:
+        """Follow views and writes of a value back to where its memory was made."""
+        while True:
+            found = self.nodes[node]
+            if found.target >= 0:
+                node = found.target
+            elif found.op in VIEWS:
+                node = found.inputs[0]
+            else:
+                return node
+
     def exclusive(self, term: int, exits: Iterable[int]) -> frozenset[int]:
         """Return the operations that serve only this value's way into ``exits``; empty if it is used elsewhere."""
         inside: set[int] = set()
@@ -85,11 +108,9 @@ class Graph:
             ahead[node] = max(after, default=0)
         return ahead
 
-    def sums_after(self, source: int, inside: frozenset[int], ahead: dict[int, int]) -> int:
-        """Return the largest number of sums on a way out of the branch from a value that may lie outside it."""
-        if source in ahead:
-            return ahead[source]
-        return max((self._is_seen_sum(user) + ahead[user] for user in self.users(source) if user in inside), default=0)
+    def sums_after(self, source: int, users: frozenset[int], ahead: dict[int, int]) -> int:
+        """Return the largest number of sums on a way out of the branch from a value, if only ``users`` read it."""
+        return max((self._is_seen_sum(user) + ahead[user] for user in self.users(source) if user in users), default=0)
 
     def _is_seen_sum(self, node: int) -> bool:
         """Whether an operation is a sum of two tensors that a value which was not computed would meet."""

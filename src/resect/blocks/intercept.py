@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from resect.blocks.absent import InFlight, settled
 from resect.blocks.block import ResidualBlock
 from resect.blocks.carried import Carried
 from resect.blocks.frame import Frame, fast_path_off
+from resect.blocks.inflight import InFlight, settled
 from resect.blocks.state import PORT, Acting, Gate
 from resect.blocks.template import pick, replaced
 from resect.blocks.twin import absent_output
@@ -39,13 +39,9 @@ class Part:
 
     def absent(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Build what the module returns while its block is closed; a cache keeps its length."""
-        block = self.block
         if self.upkeep:
             self.upkeep.keep(args, kwargs)
-        # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
-        clone = block.clone or module.training
-        template, pending = block.templates[self.position], block.pending[self.position]
-        return absent_output(template, pending, clone, block.zeros, module, args, kwargs)
+        return absent_output(self.block, self.position, module, args, kwargs)
 
     def finish(self, output: Any) -> Any:
         """Let every gate act on the branch end inside ``output``, or send it to its addition."""

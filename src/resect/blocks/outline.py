@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates
-from resect.blocks.sums import VIEWS
+from resect.blocks.graph import VIEWS
 from resect.blocks.trace import Node, Trace, trace
 
 _SAME = frozenset({"aten::clone", "aten::detach", "aten::alias", "aten::lift_fresh"})

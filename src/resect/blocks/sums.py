@@ -7,13 +7,17 @@ no nonlinearity (projection, or reshape when it has no weights).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resect.blocks.block import Shortcut
-from resect.blocks.graph import Graph
+from resect.blocks.choose import layer_of
+from resect.blocks.graph import VIEWS, Graph
 from resect.blocks.trace import Node
 
-_HEAVY = ("convolution", "addmm", "bmm", "mm", "baddbmm", "linear", "einsum")
+HEAVY = (
+    "convolution", "addmm", "bmm", "mm", "baddbmm", "linear", "einsum", "_fft_c2c", "_fft_r2c", "_fft_c2r",
+)  # fmt: skip
+"""Operations that mix many values into one, by weights or by fixed factors."""
 _NONLINEAR = (
     "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "hardswish",
     "hardswish_", "leaky_relu", "leaky_relu_", "elu", "elu_", "mish", "softplus", "_softmax", "clamp_min",
@@ -24,11 +28,6 @@ _NONLINEAR = (
 
 
 _ELEMENTWISE = ("mul", "mul_", "rsub", "sub", "neg", "add", "add_")
-VIEWS = frozenset(
-    "aten::" + op
-    for op in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
-               "clone", "contiguous", "alias", "detach", "flatten", "select", "slice")
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Term:
     exits: tuple[tuple[int, int], ...]
     """Where that value leaves the branch: (node, operand); the first is the addition, or a slice of it."""
     shortcut: Shortcut
+    starts: tuple[int, ...]
+    """The nodes at which shortcut and branch part."""
     nodes: frozenset[int]
     zeros: bool = False
     """Part of the value goes on beside the sum."""
@@ -65,9 +66,14 @@ def find_terms(graph: Graph) -> list[Term]:
     joined: set[int] = set()
     sums = [node for node in graph.nodes if node.operands and graph.live[node.index]]
     for outer in reversed(sums):
-        if outer.index not in joined and graph.dependent[outer.index]:
+        if outer.index not in joined:
             terms = operands_of(graph, outer, joined)
-            found += _identity(graph, outer, terms) or _forked(graph, outer, terms) or _weighed(graph, outer, terms)
+            identity = _identity(graph, outer, terms)
+            # What begins with learned queries depends on no input at first, and is a residual stream nevertheless.
+            if identity or not graph.dependent[outer.index]:
+                found += identity
+            else:
+                found += _forked(graph, outer, terms) or _weighed(graph, outer, terms)
     return sorted(found, key=lambda term: (term.sum, term.term))
 
 
@@ -118,8 +124,8 @@ def term_of(graph: Graph, sum_: int, operand: Operand, shortcut: Shortcut, short
     if not graph.parameters(inside):
         partial = _partial(graph, operand)
         if partial is not None:
-            return Term(sum_, partial[0], partial[1], shortcut, partial[2], zeros=True)
-    return Term(sum_, operand.value, exits, shortcut, inside, weighty=weighty)
+            return Term(sum_, partial[0], partial[1], shortcut, tuple(shortcuts), partial[2], zeros=True)
+    return Term(sum_, operand.value, exits, shortcut, tuple(shortcuts), inside, weighty=weighty)
 
 
 def _partial(graph: Graph, operand: Operand) -> tuple[int, tuple[tuple[int, int], ...], frozenset[int]] | None:
@@ -158,7 +164,7 @@ def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
     forks = [graph.forks(side) for side in sides]
     if not all(sides) or forks[0] != forks[1] or len(forks[0]) != 1:
         return []
-    weights = [(graph.count(side, _HEAVY), len(graph.parameters(side))) for side in sides]
+    weights = [(graph.count(side, HEAVY), len(graph.parameters(side))) for side in sides]
     if weights[0] == weights[1]:
         return []
     light, heavy = (0, 1) if weights[0] < weights[1] else (1, 0)
@@ -168,7 +174,8 @@ def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
         return []  # a re-parametrised convolution, not a residual block
     kind: Shortcut = "projection" if weights[light][1] else "reshape"
     operand = terms[heavy]
-    return [Term(outer.index, operand.value, ((operand.addition, operand.place),), kind, sides[heavy])]
+    exits = ((operand.addition, operand.place),)
+    return [Term(outer.index, operand.value, exits, kind, tuple(forks[0]), sides[heavy])]
 
 
 def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
@@ -178,7 +185,7 @@ def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
     for shortcut, branch in (terms, terms[::-1]):
         light = graph.exclusive(shortcut.value, [shortcut.addition])
         heavy = graph.exclusive(branch.value, [branch.addition])
-        if not light or not graph.count(heavy, _HEAVY) or graph.parameters(light) or not shortcut.plain:
+        if not light or not graph.count(heavy, HEAVY) or graph.parameters(light) or not shortcut.plain:
             continue
         plain = all(graph.nodes[node].op.removeprefix("aten::") in _ELEMENTWISE for node in light)
         sources = {source for node in light for source in graph.nodes[node].inputs} - light
@@ -189,7 +196,7 @@ def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
             and any(graph.descends(branch.value, source) and _is_factor(graph, light, source) for source in sources)
         ):
             exits = ((branch.addition, branch.place),)
-            return [Term(outer.index, branch.value, exits, "reshape", heavy)]
+            return [Term(outer.index, branch.value, exits, "reshape", tuple(sources), heavy)]
     return []
 
 
@@ -205,17 +212,50 @@ def views_back(graph: Graph, node: int, stop: set[int]) -> int:
     return node
 
 
+def without_others(graph: Graph, term: Term, terms: list[Term]) -> Term:
+    """Take out of a branch the residual streams that do not begin where it does, and only end in it.
+
+    The queries of a last cross-attention are all that an encoder is for: its blocks are not part of that branch.
+    """
+    streams = {
+        other.sum
+        for other in terms
+        if other.sum in term.nodes and not any(s == other.sum or graph.descends(other.sum, s) for s in term.starts)
+    }
+    if not streams:
+        return term
+    others = {
+        node
+        for node in term.nodes
+        if node in streams
+        or (
+            any(graph.descends(stream, node) for stream in streams)
+            and not any(graph.descends(node, start) for start in term.starts)
+        )
+    }
+    return replace(term, nodes=term.nodes - others)
+
+
 def drop_nested(graph: Graph, terms: list[Term], parameters: dict[str, int]) -> list[Term]:
-    """Of branches inside branches keep the outermost, unless it spans most of the model (a long skip)."""
+    """Of branches inside branches keep the outermost, unless it is a long skip.
+
+    That is one around most of the model, or around blocks of other layers than its own.
+    """
     total = max(1, sum(parameters.values()))
+    terms = [without_others(graph, term, terms) for term in terms]
 
     def share(term: Term) -> float:
         return sum(parameters[name] for name in graph.parameters(term.nodes)) / total
 
+    def is_long(term: Term) -> bool:
+        inside = [other for other in terms if other is not term and other.sum in term.nodes]
+        inside = [other for other in inside if graph.parameters(other.nodes)]
+        layer = layer_of(graph.place(term.sum))
+        elsewhere = any(layer and not f"{graph.place(other.sum)}.".startswith(f"{layer}.") for other in inside)
+        return bool(inside) and (elsewhere or share(term) > 0.5)
+
     kept: list[Term] = []
     for term in sorted(terms, key=lambda term: -len(term.nodes)):
-        inside = [other for other in terms if other is not term and other.sum in term.nodes]
-        is_long = bool(inside) and share(term) > 0.5 and any(graph.parameters(other.nodes) for other in inside)
-        if not is_long and not any(term.sum in outer.nodes for outer in kept):
+        if not is_long(term) and not any(term.sum in outer.nodes for outer in kept):
             kept.append(term)
     return sorted(kept, key=lambda term: (term.sum, term.term))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from resect.blocks.absent import InFlight
+from resect.blocks.inflight import InFlight
 
 _PLAIN = (bool, int, float, str)
 Path = tuple[Any, ...]
@@ -29,7 +29,8 @@ def template_of(output: Any, given: Mapping[int, Path] | None = None) -> Any:
     given = given or {}
 
     def part(value: Any) -> Any:
-        return ["given", *given[id(value)]] if id(value) in given else template_of(value, given)
+        plain = value is None or isinstance(value, _PLAIN)  # one object, whoever made it
+        return ["given", *given[id(value)]] if id(value) in given and not plain else template_of(value, given)
 
     if output is None:
         return None

@@ -46,6 +46,8 @@ class Node:
     """Per positional argument, the node of the tensor it is, else -1."""
     shape: tuple[int, ...] = ()
     """Of its result, where that is one tensor."""
+    target: int = -1
+    """The value that it wrote over, if it is in place."""
     # For a sum or difference of two tensors only:
     operands: tuple[int, int] | None = None
     weighted: bool = False
@@ -124,6 +126,7 @@ class _Recorder(TorchDispatchMode):
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
             if argument.is_write and isinstance(named.get(argument.name), Tensor):
+                node.target = self._node_of(named[argument.name])
                 self._write(named[argument.name], node)
         for tensor in tensors_in(output):
             self._remember(tensor, node.index)
@@ -171,9 +174,9 @@ class _Recorder(TorchDispatchMode):
         if parent >= 0:
             self.calls[parent].children.append(call.index)
         call.inputs = self.nodes_in((args, kwargs))
-        given = {("args", place): value for place, value in enumerate(args) if isinstance(value, Tensor)}
-        given |= {("kwargs", key): value for key, value in kwargs.items() if isinstance(value, Tensor)}
-        before = {path: self._node_of(value) for path, value in given.items()}
+        given = {("args", place): value for place, value in enumerate(args)}
+        given |= {("kwargs", key): value for key, value in kwargs.items()}
+        before = {path: self.nodes_in(value) for path, value in given.items()}
         self._stack.append(call.index)
         try:
             output = run(module, *args, **kwargs)
@@ -182,7 +185,7 @@ class _Recorder(TorchDispatchMode):
         call.outputs = self.nodes_in(output)
         call.finished, self._returned = self._returned, self._returned + 1
         try:
-            untouched = {id(v): path for path, v in given.items() if self._node_of(v) == before[path]}
+            untouched = {id(v): path for path, v in given.items() if self.nodes_in(v) == before[path]}
             call.output = template_of(output, untouched)
             call.leaves = tuple((path, self._node_of(pick(output, path))) for path in paths_of(call.output))
         except TypeError as error:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from resect.blocks.absent import Absent, AbsentError
+from resect.blocks.absent import Absent
+from resect.blocks.block import ResidualBlock
+from resect.blocks.inflight import AbsentError
 from resect.blocks.state import PORT
 from resect.blocks.template import fill, pick
 
@@ -35,7 +37,14 @@ class Output:
     def __init__(self, module: nn.Module, at: tuple[Any, ...]) -> None:
         self.module = module
         self.at = at
-        self.device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the module is; None for one without parameters and buffers."""
+        for tensors in (self.module.parameters(), self.module.buffers()):
+            for tensor in tensors:
+                return tensor.device
+        return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a copy of the module on meta tensors."""
@@ -47,12 +56,11 @@ class Output:
             return pick(twin.forward(*args, **kwargs), self.at)
 
 
-def absent_output(
-    template: Any, pending: float, clone: bool, zeros: bool, module: nn.Module, args: Any, kwargs: Any
-) -> Any:
+def absent_output(block: ResidualBlock, position: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Build what a module returns that does not run: its recorded output with an Absent for every tensor."""
+    pending, training = block.pending[position], module.training
 
     def leaf(at: tuple[Any, ...]) -> Absent:
-        return Absent(pending, clone, zeros, (Output(module, at), args, kwargs))
+        return Absent(pending, block, training, (Output(module, at), args, kwargs))
 
-    return fill(template, leaf, {"args": args, "kwargs": kwargs})
+    return fill(block.templates[position], leaf, {"args": args, "kwargs": kwargs})

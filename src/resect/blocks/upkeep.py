@@ -8,6 +8,8 @@ Everything is recognised by its attributes: nothing here imports transformers.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +22,8 @@ from resect.blocks.absent import Absent
 from resect.errors import AttachError
 
 _CAPTURING = "transformers.utils.output_capturing"
+_STATES = frozenset({"update_conv_state", "update_recurrent_state"})
+_CROSSING = ("is_cross_attention", "encoder_decoder_attention")  # such attention has a cache of its own
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
@@ -28,7 +32,9 @@ class Upkeep:
     """What a module keeps up besides its output. False where that is nothing; plain data, valid for any copy."""
 
     layers: tuple[int, ...] = ()
-    """Layers of a key-value cache that it writes, were it handed one."""
+    """Layers of a key-value cache to which it adds keys and values, were it handed one."""
+    states: tuple[int, ...] = ()
+    """Layers of such a cache in which it keeps a state of fixed size (state-space models, convolutions)."""
     records: tuple[str, ...] = ()
     """Recorded outputs (``attentions`` …) that get an entry each time it runs."""
 
@@ -36,16 +42,21 @@ class Upkeep:
     def of(cls, model: nn.Module, name: str) -> Upkeep:
         """Read off a module, by its dotted name, before it is closed or taken out."""
         module = model.get_submodule(name)
-        crossing = any(getattr(m, "is_cross_attention", False) for m in module.modules())  # has a cache of its own
-        layers = {index for m in module.modules() if not crossing and (index := _index(m)) is not None}
-        return cls(tuple(sorted(layers)), tuple(_records(model, name)))
+        crossing = any(getattr(m, flag, False) for m in module.modules() for flag in _CROSSING)
+        kinds: list[tuple[int | None, Any]] = [(_index(m), type(m)) for m in module.modules()]
+        indexed = [(index, _calls(kind)) for index, kind in kinds if index is not None]
+        layers = {index for index, calls in indexed if "update" in calls and not crossing}
+        states = {index for index, calls in indexed if not calls.isdisjoint(_STATES)}
+        return cls(tuple(sorted(layers)), tuple(sorted(states)), tuple(_records(model, name)))
 
     def __bool__(self) -> bool:
-        return bool(self.layers or self.records)
+        return bool(self.layers or self.states or self.records)
 
     def shifted(self, by: int) -> Upkeep:
         """Return the same for a module whose layer has moved by so many places."""
-        return replace(self, layers=tuple(layer + by for layer in self.layers))
+        return replace(
+            self, layers=tuple(layer + by for layer in self.layers), states=tuple(layer + by for layer in self.states)
+        )
 
     def keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Do what the module would have done for others in this call.
@@ -55,7 +66,7 @@ class Upkeep:
         AttachError: the cache is of a kind that cannot grow without keys and values.
         """
         _keep_places(self.records)
-        if not self.layers or any(kwargs.get(name) is not None for name in _CROSS):
+        if not (self.layers or self.states) or any(kwargs.get(name) is not None for name in _CROSS):
             return
         values = [kwargs["hidden_states"]] if "hidden_states" in kwargs else []
         values += [*args, *kwargs.values()]
@@ -63,13 +74,24 @@ class Upkeep:
         if cache is None:
             return
         hidden = next(value for value in values if isinstance(value, (Tensor, Absent)))
+        own = getattr(cache, "self_attention_cache", cache)
         for index in self.layers:
-            _advance(getattr(cache, "self_attention_cache", cache), index, hidden)
+            _advance(own, index, hidden)
+        for index in self.states:
+            _mark(own, index)
 
 
 def _index(module: nn.Module) -> int | None:
     index = getattr(module, "layer_idx", None)
     return index if type(index) is int else None
+
+
+@functools.cache
+def _calls(cls: Any) -> frozenset[str]:
+    """Return the names of all attributes that the functions of a class look up: what a class may do to a cache."""
+    own = [vars(base).values() for base in cls.__mro__ if base not in (nn.Module, object)]
+    functions = [inspect.unwrap(value) for values in own for value in values if inspect.isfunction(value)]
+    return frozenset(name for function in functions for name in function.__code__.co_names)
 
 
 def is_cache(value: Any) -> bool:
@@ -87,9 +109,6 @@ def _advance(cache: Any, index: int, hidden: Any) -> None:
     of 0 would be counted as no token). In a layer that holds real states they have those states' shape.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
-    previous = getattr(layer, "has_previous_state", None)
-    if isinstance(previous, dict):  # a state-space layer: it has no length, only "seen before"
-        previous.update(dict.fromkeys(previous, True))
     if layer is not None and not hasattr(layer, "get_seq_length"):
         return
     if hasattr(layer, "q_group_size"):
@@ -104,6 +123,14 @@ def _advance(cache: Any, index: int, hidden: Any) -> None:
         )
     states = [_like(getattr(layer, name, None), hidden) for name in ("keys", "values")]
     cache.update(*states, index)
+
+
+def _mark(cache: Any, index: int) -> None:
+    """Let a layer of a cache that has no length, but a state, count as seen before."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    previous = getattr(layer, "has_previous_state", None)
+    if isinstance(previous, dict):
+        previous.update(dict.fromkeys(previous, True))
 
 
 def _like(held: Any, hidden: Any) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resect.blocks.absent import Absent
+from resect.blocks.absent import Absent, unwritten
 from resect.blocks.block import Blocks, Refusal, ResidualBlock
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates
+from resect.blocks.inflight import InFlight
 from resect.blocks.template import tensors_in
 
 Change = Callable[[Tensor], Tensor]
@@ -143,6 +144,7 @@ def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock])
     seen: list[Any] = []
     inside = {name.split(".")[0] for block in blocks for name in block.modules}
     with ExitStack() as stack:
+        stateful = stack.enter_context(unwritten())
         for owner in sorted({block.owner for block in blocks if block.owner}):
             hook = model.get_submodule(owner).register_forward_hook(
                 lambda _, args, output: seen.append(_copied(output))
@@ -154,7 +156,7 @@ def observe(model: nn.Module, example: Example, blocks: Sequence[ResidualBlock])
                 if name not in inside and any(True for _ in child.parameters()):
                     hook = child.register_forward_pre_hook(lambda _, args: seen.append(_copied(args)))
                     stack.callback(hook.remove)
-        return _copied(example.run(model)), seen
+        return _copied(example.run(model), stateful), seen
 
 
 class ValueCheck:
@@ -220,9 +222,19 @@ class ValueCheck:
             return observe(self.model, self.example, self.blocks)
 
 
-def _copied(output: Any) -> Any:
-    """Copy tensors: what a module returned may be written in place later."""
-    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in tensors_in(output, and_absent=True)]
+def _copied(output: Any, unwritten: Sequence[Tensor] = ()) -> Any:
+    """Copy tensors: what a module returned may be written in place later.
+
+    Nothing for a state of closed branches that they did not write: nobody else reads it, and what comes of it
+    is compared.
+    """
+    stale = {tensor.untyped_storage()._cdata for tensor in unwritten}
+    return [
+        (InFlight() if stale and leaf.untyped_storage()._cdata in stale else leaf.clone())
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in tensors_in(output, and_absent=True)
+    ]
 
 
 def _absent_result(output: Any) -> str:
@@ -238,7 +250,7 @@ def compare(expected: Any, output: Any) -> str:
         return f"{len(right)} output tensors instead of {len(left)}"
     for place, (a, b) in enumerate(zip(left, right, strict=True)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            continue  # a layer hands on what a closed branch did not compute (attention weights), and nobody uses it
+            continue  # not computed, or not written: a layer hands it on (attention weights), and nobody uses it
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {place} is {tuple(b.shape)} {b.dtype} instead of {tuple(a.shape)} {a.dtype}"
         if not ((a == b) | (a.isnan() & b.isnan())).all():

@@ -45,11 +45,9 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's recorded output with an Absent for every tensor."""
-        block, place = self.block, self._position
         if self.upkeep:
             self.upkeep.keep(args, kwargs)
-        clone = block.clone or self.training
-        return absent_output(block.templates[place], block.pending[place], clone, block.zeros, self, args, kwargs)
+        return absent_output(self.block, self._position, self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         twin = self.__dict__.get("_resect_twin")
@@ -57,7 +55,7 @@ class Removed(nn.Module):
             return super().__getattr__(name)
         found = getattr(twin, name)
         if isinstance(found, Tensor):
-            return absent_of_shape(float("inf"), False, False, tuple(found.shape), found.dtype)
+            return absent_of_shape(float("inf"), self.block, self.training, tuple(found.shape), found.dtype)
         return found
 
     def extra_repr(self) -> str:

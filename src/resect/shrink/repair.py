@@ -87,7 +87,7 @@ def _renumber(children: Sequence[nn.Module | None], kept: Sequence[int], undo: U
     for place, child in enumerate(children):
         for path, module in child.named_modules() if child is not None else ():
             upkeep = vars(module).get("upkeep")
-            if place in kept and isinstance(upkeep, Upkeep) and upkeep.layers:
+            if place in kept and isinstance(upkeep, Upkeep) and upkeep:
                 _set(module, "upkeep", upkeep.shifted(kept.index(place) - place), undo)
             for name, value in vars(module).items():
                 if type(value) is int and _INDEX.fullmatch(name):
