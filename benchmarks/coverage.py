@@ -160,7 +160,8 @@ def main() -> None:
         rows = {(row["source"], row["name"]): row for row in map(json.loads, cache.read_text().splitlines())}
     for source in {family.source for family in listed}:
         importlib.import_module(SOURCES[source][1])
-    for module in ("coverage_checks", "torch._dynamo"):  # loaded once: every process is a fork of this one
+    # Loaded once: every process is a fork of this one.
+    for module in ("coverage_checks", "resect.blocks.find", "resect.shrink.files", "torch._dynamo"):
         importlib.import_module(module)
     todo = [f for f in listed if options.again or (f.source, f.name) not in rows]
     with cache.open("a") as lines:

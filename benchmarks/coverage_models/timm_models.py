@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def _named(home: Any, value: Any) -> Any:
 
 def _sums(where: str) -> dict[str, int]:
     """Read ``2 x 3 A + 4 B`` as ``{"A": 6, "B": 4}``."""
-    found = re.findall(r"(\d+)(?: x (\d+))? ([A-Z]\w+)", where)
-    return {name: int(count) * int(each or 1) for count, each, name in found}
+    found: Counter[str] = Counter()
+    for count, each, name in re.findall(r"(\d+)(?: x (\d+))? ([A-Z]\w+)", where):
+        found[name] += int(count) * int(each or 1)
+    return found
 
 
 def _row(
@@ -520,7 +523,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _row("naflexvit_base_patch16_par_gap", 32, 4, "counted: 2 x 2 Block", embed_dim=32, depth=2, num_heads=4),
     _row("naflexvit_base_patch16_parfac_gap", 32, 4, "counted: 2 x 2 Block", embed_dim=32, depth=2, num_heads=4),
-    _row("nasnetalarge", 96, 18, "counted: 3 FirstCell + 15 NormalCell", stem_size=24, num_features=672),
+    _row(
+        "nasnetalarge",
+        96,
+        20,
+        "counted: 2 CellStem0 (pooled shortcuts) + 3 FirstCell + 15 NormalCell",
+        stem_size=24,
+        num_features=672,
+    ),
     _row(
         "nest_tiny",
         64,
@@ -821,7 +831,12 @@ FAMILIES: tuple[Family, ...] = (
         depth=2,
         num_heads=4,
     ),
-    _row("pnasnet5large", 96, 0, "PNASNet: sums of different operations of a searched cell"),
+    _row(
+        "pnasnet5large",
+        96,
+        12,
+        "counted: 3 CellStem0 + 3 x 3 Cell: in the cells that halve the picture, beside a pooled shortcut",
+    ),
     _row("vgg11_bn", 32, 0, "plain chain", weight="high"),
     _row("inception_v4", 96, 0, "Inception: concatenation"),
     _row("legacy_seresnet50", 64, 16, "counted: 16 SEResNetBottleneck", weight="middle"),

@@ -258,3 +258,192 @@ def test_what_else_a_module_returns_does_not_count_as_on_the_way():
     assert blocks.names == ["experts"]
     with resect.closed(model, blocks):
         assert torch.equal(model(x), x)
+
+
+class Windows(nn.Module):
+    """Partitions into windows and back, as Swin does: a view of what was permuted and made contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width = x.shape
+        windows = x.view(batch, 2, width // 2).permute(1, 0, 2).contiguous().view(-1, width // 2)
+        h = self.f(windows).view(2, batch, width // 2).permute(1, 0, 2).contiguous().view(batch, width)
+        return x + h[:, : h.shape[1]]
+
+
+def test_windows_of_a_closed_branch_have_a_shape() -> None:
+    model, x = chain(Windows), torch.randn(4, 5)
+    assert not resect.find_blocks(model, x).refused
+    closed_is_zeroed(model, x, "1", "1.f")
+
+
+class ActivatesTwice(nn.Module):
+    """One dropout for the inner sum and for the block's end, as EdgeNeXt has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + self.drop(torch.tanh(self.inner(h)))
+        return x + self.drop(self.last(h))
+
+
+def test_a_module_without_weights_may_run_before_and_after_an_inner_sum() -> None:
+    model, x = chain(ActivatesTwice), torch.randn(4, 5)
+    assert len(resect.find_blocks(model, x)) == 2
+    closed_is_zeroed(model, x, "1", "1.last")
+
+
+def conv(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after))
+
+
+class Pictures(nn.Module):
+    """A branch beside a shortcut that subclasses give; the example is a batch of pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv(3, 4), conv(12, 3)
+        self.f = nn.Sequential(conv(4, 8, 2), nn.ReLU(), conv(8, 8))
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added, and what goes on beside the sum."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        shortcut, beside = self.shortcut(x)
+        return self.head(torch.cat([self.f(x) + shortcut, beside], 1))
+
+
+class TwoConvolutions(Pictures):
+    """GhostNet: depthwise, then pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1))
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down(x), nn.functional.avg_pool2d(x, 2)
+
+
+class SharedPool(Pictures):
+    """DLA: the pooled input is projected for the shortcut, and goes on beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.project = nn.MaxPool2d(2), nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(x)
+        return self.project(pooled), pooled
+
+
+class ActivatedFirst(Pictures):
+    """DPN: norm, activation and convolution, of which a part is the shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 12, 1, 2))
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.down(x)
+        return both[:, :8], both[:, 8:]
+
+
+class PooledAlike(Pictures):
+    """A searched cell: a pooling that keeps the size is an operation beside another, no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 4))
+        self.head = conv(8, 3)
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.max_pool2d(x, 3, 1, 1), x
+
+
+class ActivatedLast(Pictures):
+    """Two branches, the light one with an activation at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.ReLU())
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down(x), nn.functional.avg_pool2d(x, 2)
+
+
+@pytest.mark.parametrize("kind", [TwoConvolutions, SharedPool, ActivatedFirst])
+def test_a_projection_may_be_of_several_linear_parts(kind: type[Pictures]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 3, 8, 8)
+    blocks = resect.find_blocks(model, x)
+    assert [(block.modules, block.shortcut) for block in blocks] == [(("f",), "projection")]
+    closed_is_zeroed(model, x, blocks[0].name, "f")
+
+
+@pytest.mark.parametrize("kind", [PooledAlike, ActivatedLast])
+def test_two_operations_side_by_side_are_no_residual_block(kind: type[Pictures]) -> None:
+    assert not len(resect.find_blocks(kind().eval(), torch.randn(2, 3, 8, 8)))
+
+
+class Aliased(nn.Module):
+    """Attention whose position encoding the model holds under a name of its own, as CoaT does."""
+
+    class Attention(nn.Module):
+        def __init__(self, position: nn.Module) -> None:
+            super().__init__()
+            self.f, self.position = nn.Linear(WIDTH, WIDTH), position
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(torch.tanh(x)) * self.position(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Linear(WIDTH, WIDTH)
+        self.attention = self.Attention(self.position)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+def test_a_module_of_two_names_is_one_module(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model, x = chain(Aliased), torch.randn(4, 5)
+    blocks = resect.find_blocks(model, x)
+    assert [block.raw_parameters for block in blocks] == [(), ()]
+    assert blocks[0].parameters == 2 * (WIDTH * WIDTH + WIDTH)
+    closed_is_zeroed(model, x, "1", "1.attention")
+    small = resect.remove(model, blocks, ["1"])
+    resect.save(small, tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", chain(Aliased))(x), small(x))
+
+
+class OwnNorm(nn.Module):
+    """Two branches with a norm of their own and one MLP between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.mlp = nn.LayerNorm(5), nn.LayerNorm(5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.one(x))
+        return x + self.mlp(self.two(x))
+
+
+@torch.no_grad()
+def test_what_a_removed_block_has_for_itself_goes_though_its_mlp_stays(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model, x = OwnNorm().eval(), torch.randn(4, 5)
+    blocks = resect.find_blocks(model, x)
+    small = resect.remove(model, blocks, [blocks[0].name])
+    assert sorted(small.state_dict()) == ["mlp.bias", "mlp.weight", "two.bias", "two.weight"]
+    assert torch.equal(small(x), x + model.mlp(model.two(x)))
+    resect.save(small, tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", OwnNorm().eval())(x), small(x))

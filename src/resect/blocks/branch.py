@@ -17,13 +17,14 @@ from resect.blocks.weights import has_weights
 def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[ResidualBlock], list[Refusal]]:
     """Turn branches into blocks; what cannot be controlled is refused with its reason."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[ResidualBlock] = []
     refused: list[Refusal] = []
     for term in drop_nested(
         graph, [term for term in terms if (term.weighty if not term.nodes else _has_weights(graph, term))], sizes
     ):
         try:
-            found.append(block_of(graph, term, sizes, len(found)))
+            found.append(block_of(graph, term, sizes, names, len(found)))
         except Refused as refusal:
             refused.append(Refusal(graph.place(term.sum) or type(model).__name__, str(refusal)))
     return unique(found), refused
@@ -45,7 +46,7 @@ class Refused(Exception):
     """Why a residual addition is not offered as a block."""
 
 
-def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> ResidualBlock:
+def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, str], index: int) -> ResidualBlock:
     """Describe one branch; raises ``Refused`` with the reason why it cannot be controlled."""
     if not term.nodes:
         raise Refused("the branch's value is also used outside the addition")
@@ -53,9 +54,9 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
     for call in calls:
         if isinstance(call.output, TypeError):
             raise Refused(f"{call.output}, from {call.name!r}")
-    inside = tuple(f"{call.name}." for call in calls)
-    used = graph.parameters(term.nodes)
-    raw = tuple(sorted(name for name in used if not name.startswith(inside)))
+    # By identity, not by name: a module that several hold is named after the first of them.
+    inside = {names[id(p)] for call in calls for p in call.module.parameters() if id(p) in names}
+    raw = tuple(sorted(graph.parameters(term.nodes) - inside))
     entries = _entries(graph, term, calls, raw)
     if not calls and not entries:
         raise Refused("the branch has neither modules nor parameters of its own")
@@ -68,8 +69,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], index: int) -> Res
         *(_pending_after(graph, term, ahead, call) for call in calls),
         *(_pending_of(graph, term, ahead, name) for name in raw),
     )
-    own = [name for name in sizes if name in raw or name.startswith(inside)]
-    own = [name for name in own if not graph.parameters_users(name) - term.nodes]
+    own = [name for name in {*raw, *inside} if not graph.parameters_users(name) - term.nodes]
     end, leaf, exact, reason = _end(graph, term, calls, raw, entries)
     weights = [call for call in calls if has_weights(call.module)]
     block = ResidualBlock(
@@ -127,8 +127,9 @@ def _branch_calls(graph: Graph, inside: frozenset[int]) -> list[Call]:
     kept: list[Call] = []
     for call in largest:
         others = [other for other in graph.calls_of(call.module) if other.index not in found]
+        again = sum(other.module is call.module for other in largest) > 1
         # Without weights it passes an Absent on; a module of this branch alone is intercepted at every call.
-        if others and not has_weights(call.module):
+        if (others or again) and not has_weights(call.module):
             continue
         if others or all(earlier.module is not call.module for earlier in kept):
             kept.append(call)

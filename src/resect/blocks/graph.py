@@ -117,6 +117,20 @@ class Graph:
         found = self.nodes[node]
         return found.operands is not None and (not found.function or found.function in SUMS)
 
+    def fork(self, left: int, right: int) -> int:
+        """Return the last input-dependent value that went into both; -1 where there is none."""
+        common = self.ancestors[left] & self.ancestors[right]
+        return next(
+            (node for node in range(min(left, right) - 1, -1, -1) if common >> node & 1 and self.dependent[node]), -1
+        )
+
+    def way(self, start: int, end: int) -> frozenset[int]:
+        """Return the operations through which one value goes into another, the other's own included."""
+        if start < 0 or not self.descends(end, start):
+            return frozenset()
+        among = [node for node in range(start + 1, end + 1) if node == end or self.descends(end, node)]
+        return frozenset(node for node in among if self.descends(node, start))
+
     def forks(self, inside: frozenset[int]) -> set[int]:
         """Return the input-dependent values that enter a set of operations from outside."""
         sources = {source for node in inside for source in self.nodes[node].inputs}

@@ -18,14 +18,8 @@ HEAVY = (
     "convolution", "addmm", "bmm", "mm", "baddbmm", "linear", "einsum", "_fft_c2c", "_fft_r2c", "_fft_c2r",
 )  # fmt: skip
 """Operations that mix many values into one, by weights or by fixed factors."""
-_NONLINEAR = (
-    "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "hardtanh", "hardtanh_", "hardswish",
-    "hardswish_", "leaky_relu", "leaky_relu_", "elu", "elu_", "mish", "softplus", "_softmax", "clamp_min",
-    "clamp_min_", "hardsigmoid", "native_layer_norm", "max_pool2d_with_indices",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math",
-)  # fmt: skip
-
+_NONLINEAR = ("relu", "elu", "silu", "sigmoid", "tanh", "swish", "mish", "softplus", "softmax", "attention", "clamp")
+"""Parts of the names of operations that no projection contains; norms it may."""
 
 _ELEMENTWISE = ("mul", "mul_", "rsub", "sub", "neg", "add", "add_")
 
@@ -157,25 +151,40 @@ def _partial(graph: Graph, operand: Operand) -> tuple[int, tuple[tuple[int, int]
 
 
 def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
-    """Of two terms that grow out of one fork, find the branch; the shortcut is the light one."""
+    """Of two terms that grow out of one fork, find the branch; the shortcut is the light one.
+
+    What the shortcut is made of may serve others too (one pooled input for two trees); the branch may not.
+    """
     if len(terms) != 2:
         return []
-    sides = [graph.exclusive(operand.value, [operand.addition]) for operand in terms]
-    forks = [graph.forks(side) for side in sides]
-    if not all(sides) or forks[0] != forks[1] or len(forks[0]) != 1:
-        return []
-    weights = [(graph.count(side, HEAVY), len(graph.parameters(side))) for side in sides]
-    if weights[0] == weights[1]:
-        return []
-    light, heavy = (0, 1) if weights[0] < weights[1] else (1, 0)
-    if weights[light][0] > 1 or graph.count(sides[light], _NONLINEAR) or not terms[light].plain:
-        return []
-    if not graph.count(sides[heavy], _NONLINEAR):
-        return []  # a re-parametrised convolution, not a residual block
-    kind: Shortcut = "projection" if weights[light][1] else "reshape"
-    operand = terms[heavy]
-    exits = ((operand.addition, operand.place),)
-    return [Term(outer.index, operand.value, exits, kind, tuple(forks[0]), sides[heavy])]
+    fork = graph.fork(*(operand.value for operand in terms))
+    found = []
+    for shortcut, branch in (terms, terms[::-1]):
+        inside = graph.exclusive(branch.value, [branch.addition])
+        light, heavy = (graph.way(fork, operand.value) for operand in (shortcut, branch))
+        alone = graph.forks(light) == graph.forks(heavy) == {fork}
+        if not (inside and alone and shortcut.plain and _is_projection(graph, light) and _nonlinear(graph, heavy)):
+            continue  # no nonlinearity in the branch: a re-parametrised convolution, not a residual block
+        weights = [(graph.count(side, HEAVY), len(graph.parameters(side))) for side in (light, heavy)]
+        if weights[0] < weights[1]:
+            kind: Shortcut = "projection" if weights[0][1] else "reshape"
+            exits = ((branch.addition, branch.place),)
+            found.append(Term(outer.index, branch.value, exits, kind, (fork,), inside))
+    return found
+
+
+def _is_projection(graph: Graph, light: frozenset[int]) -> bool:
+    """Whether a way adds nothing and is linear, but for an activation first; it pools only to change the size."""
+    nodes = graph.nodes
+    weights = [node for node in light if graph.count([node], HEAVY)]
+    idle = (nodes[node].shape == nodes[nodes[node].inputs[0]].shape for node in light if "pool" in nodes[node].op)
+    first = all(node < min(weights, default=-1) for node in _nonlinear(graph, light))
+    return first and not any(idle) and not any(nodes[node].operands for node in light)
+
+
+def _nonlinear(graph: Graph, inside: frozenset[int]) -> list[int]:
+    """Return the nonlinearities among some operations; a norm is none."""
+    return [node for node in inside if any(word in graph.nodes[node].op for word in _NONLINEAR)]
 
 
 def _weighed(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:

@@ -45,7 +45,7 @@ class Node:
     arguments: tuple[int, ...] = ()
     """Per positional argument, the node of the tensor it is, else -1."""
     shape: tuple[int, ...] = ()
-    """Of its result, where that is one tensor."""
+    """Of its first result."""
     target: int = -1
     """The value that it wrote over, if it is in place."""
     # For a sum or difference of two tensors only:
@@ -120,7 +120,6 @@ class _Recorder(TorchDispatchMode):
 
         node = self._add(func._schema.name, inputs)
         node.arguments, node.function = arguments, self.function
-        node.shape = tuple(output.shape) if isinstance(output, Tensor) else ()
         if func._overloadpacket in flop_registry:
             node.flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
@@ -128,8 +127,9 @@ class _Recorder(TorchDispatchMode):
             if argument.is_write and isinstance(named.get(argument.name), Tensor):
                 node.target = self._node_of(named[argument.name])
                 self._write(named[argument.name], node)
-        for tensor in tensors_in(output):
+        for tensor in reversed(tensors_in(output)):
             self._remember(tensor, node.index)
+            node.shape = tuple(tensor.shape)
         if is_sum(func, args):
             node.operands, node.weighted = (arguments[0], arguments[1]), kwargs.get("alpha", 1) != 1
             self._sums_in.setdefault(_storage(output), []).append(node.index)

@@ -140,9 +140,7 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
             with ExitStack() as undo:
                 install(modules, gate, undo)
                 originals[f"{block.name} (gate)"] = undo.pop_all()
-        if block.counted_in is not None:
-            continue
-        for name in block.raw_parameters:
+        for name in block.raw_parameters if block.counted_in is None else ():
             parent, attribute = _parent(model, name)
             if attribute not in parent._parameters:
                 continue
@@ -150,6 +148,8 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
             originals[name] = parent._parameters.pop(attribute)
             parent.__dict__[attribute] = stand_in
         for position, name in enumerate(block.modules):
+            if block.calls[position] is not None:
+                continue
             stub = Removed(block, position, modules[name], Upkeep.of(model, name)).train(modules[name].training)
             for path, parent in [(path, parent) for path, parent in model.named_modules()]:
                 for attribute, child in list(parent._modules.items()):
