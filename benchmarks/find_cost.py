@@ -108,6 +108,7 @@ class Small(nn.Module):
         self.f = nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + f(x)``."""
         return x + self.f(x)
 
 

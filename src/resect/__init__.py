@@ -13,6 +13,7 @@ _STORY = {
     "blocks.example": ["Example"],
     "blocks.block": ["Blocks", "ResidualBlock"],
     "blocks.find": ["find_blocks"],
+    "blocks.byhand": ["block"],
     "blocks.gate": ["closed", "detach", "gates"],
     "train.schedules": ["schedules"],
     "train.stochastic_depth": ["StochasticDepth"],

@@ -12,6 +12,7 @@ from resect.errors import ResectError as ResectError
 from resect.blocks.example import Example as Example
 from resect.blocks.block import Blocks as Blocks, ResidualBlock as ResidualBlock
 from resect.blocks.find import find_blocks as find_blocks
+from resect.blocks.byhand import block as block
 from resect.blocks.gate import closed as closed, detach as detach, gates as gates
 from resect.train import schedules as schedules
 from resect.train.stochastic_depth import StochasticDepth as StochasticDepth

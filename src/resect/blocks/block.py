@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, overload
 
 from resect.blocks import choose, show
@@ -171,6 +172,20 @@ class Blocks(Sequence[ResidualBlock]):
 
     def __iter__(self) -> Iterator[ResidualBlock]:
         return iter(self._items)
+
+    def __add__(self, other: Blocks) -> Blocks:
+        """Return the blocks of both, found on the same model and example, in order of execution, each once.
+
+        Where two different blocks have one name, that of the second gets a number: ``mlp@1``.
+        """
+        together = list(self)
+        for block in other:
+            if all((block.sum, block.places) != (known.sum, known.places) for known in together):
+                names = {known.name for known in together}
+                free = (f"{block.name}@{number}" if number else block.name for number in itertools.count())
+                together.append(replace(block, name=next(name for name in free if name not in names)))
+        ordered = sorted(together, key=lambda block: (block.sum, block.places))
+        return self._with(choose.number_stages(replace(block, index=place) for place, block in enumerate(ordered)))
 
     def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
         return Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)

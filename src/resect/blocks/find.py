@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.branch import describe
-from resect.blocks.choose import number_stages
-from resect.blocks.example import Example
-from resect.blocks.gate import check_detached, remember
-from resect.blocks.graph import Graph
-from resect.blocks.outline import OutlineCheck
-from resect.blocks.rehearse import check_repeats, run_once
+from resect.blocks.gate import remember
+from resect.blocks.look import looked_at
 from resect.blocks.sums import find_terms
-from resect.blocks.trace import quiet, trace
-from resect.blocks.unwrap import check_visible, eager, unwrap
-from resect.blocks.verify import Check, ValueCheck
 from resect.blocks.verify import verify as verify_blocks
-from resect.errors import InputError, unknown
+from resect.errors import unknown
 
 
 def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "each"] = "joint") -> Blocks:
@@ -55,42 +46,11 @@ def find_blocks(model: nn.Module, example: Any, *, verify: Literal["joint", "eac
         statically quantised, so that its branches cannot be seen.
     AttachError: a gate or a method is attached to the model.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"find_blocks needs a torch.nn.Module, not {_told(model)}")
     if verify not in ("joint", "each"):
         raise unknown("way to verify", verify, ("joint", "each"))
-    inner = unwrap(model)
-    check_visible(inner)
-    check_detached(inner)
-    sample = Example.of(example)
-    with eager(), quiet(inner):
-        output = run_once(inner, sample)
-        torch.manual_seed(0)
-        recorded = trace(inner, sample)
-        check_repeats(inner, sample, recorded, output)
-        graph = Graph(recorded)
-        candidates, refused = describe(graph, find_terms(graph), inner)
-        on_meta = any(tensor.is_meta for tensor in inner.parameters())
-        check: Check = OutlineCheck(inner, sample, recorded) if on_meta else ValueCheck(inner, sample, candidates)
-        good, bad = verify_blocks(check, candidates, each=verify == "each")
-    blocks = Blocks(
-        number_stages(good),
-        model=type(inner).__name__,
-        refused=(*refused, *bad),
-        example=sample,
-        flops=sum(node.flops for node in recorded.nodes),
-    )
-    remember(inner, blocks)
+    with looked_at(model, example) as look:
+        candidates, refused = describe(look.graph, find_terms(look.graph), look.model)
+        good, bad = verify_blocks(look.check(candidates), candidates, each=verify == "each")
+    blocks = look.blocks(good, (*refused, *bad))
+    remember(look.model, blocks)
     return blocks
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        return f"the class {value.__name__}. Pass an instance: {value.__name__}(…)."
-    if isinstance(value, str):
-        return f"the string {value!r}. Build the model first, for instance timm.create_model({value!r})."
-    if isinstance(value, Mapping):
-        return (
-            f"{type(value).__name__}. If this is a state_dict, build the model and load it: model.load_state_dict(…)."
-        )
-    return f"{type(value).__name__}. A function has no modules to close: write it as a torch.nn.Module."
