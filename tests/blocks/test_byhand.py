@@ -156,6 +156,11 @@ def test_a_block_that_cannot_be_controlled_is_refused_with_its_reason(x):
         resect.block(net, x, branch="f")
 
 
+def test_a_branch_with_nothing_in_it_is_refused(x):
+    with pytest.raises(BlocksError, match="nothing to leave out"):
+        resect.block(Written(lambda m, x: x + m.f(x), f=nn.Tanh()).eval(), x, branch="f")
+
+
 def test_on_meta_too(x):
     net = Outer().to("meta")
     assert resect.block(net, x, branch="mlp.mix")[0].verified == "structure"

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from resect.blocks.block import Blocks, Shortcut
-from resect.blocks.branch import Refused, block_of
+from resect.blocks.branch import describe
 from resect.blocks.graph import Graph
 from resect.blocks.look import Look, looked_at
-from resect.blocks.naming import unique
 from resect.blocks.sums import Operand, Term, operands_of, term_of
 from resect.blocks.verify import verify
 from resect.errors import BlocksError, InputError, quoted, unknown
@@ -62,14 +61,12 @@ def block(
         branches, shortcuts = _named(look, branch, "branch"), _named(look, shortcut, "shortcut")
         meeting = _chosen(look.graph, _meetings(look.graph, branches, shortcuts), branches, addition)
         term = _term(look.graph, meeting)
-        sizes = {name: parameter.numel() for name, parameter in look.model.named_parameters()}
-        try:
-            candidates = unique([block_of(look.graph, term, sizes, 0)])
-        except Refused as refusal:
-            raise BlocksError(f"The branch of {quoted(branches)} cannot be controlled: {refusal}.") from refusal
+        candidates, refused = describe(look.graph, [term], look.model)
         good, bad = verify(look.check(candidates), candidates)
-    if bad:
-        raise BlocksError(f"The branch of {quoted(branches)} cannot be controlled: {bad[0].reason}.")
+    if not good:
+        reasons = [refusal.reason for refusal in (*refused, *bad)]
+        why = reasons[0] if reasons else "no weights and no mixing lie in it, so there is nothing to leave out"
+        raise BlocksError(f"The branch of {quoted(branches)} cannot be controlled: {why}.")
     return look.blocks(good)
 
 
@@ -165,6 +162,4 @@ def _lies_in(graph: Graph, name: str, inside: frozenset[int]) -> bool:
 
 
 def _where(graph: Graph, node: int) -> str:
-    call = graph.nodes[node].call
-    name = graph.trace.calls[call].name if call >= 0 else ""
-    return repr(name) if name else "the model's own code"
+    return repr(graph.place(node)) if graph.place(node) else "the model's own code"
