@@ -16,6 +16,7 @@ WAV: dict[str, Any] = {
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
     "codevector_dim": 8, "proj_codevector_dim": 8, "num_codevectors_per_group": 4, "classifier_proj_size": 16,
     "tdnn_dim": (16,), "tdnn_kernel": (1,), "tdnn_dilation": (1,), "output_hidden_size": 32,
+    "apply_spec_augment": False,  # it draws from NumPy's global generator in train mode
 }  # fmt: skip
 POSITION = "; 1 for the convolutional position embedding (x + conv(x))"
 

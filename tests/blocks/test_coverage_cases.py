@@ -447,3 +447,23 @@ def test_what_a_removed_block_has_for_itself_goes_though_its_mlp_stays(tmp_path)
     assert torch.equal(small(x), x + model.mlp(model.two(x)))
     resect.save(small, tmp_path / "cut")
     assert torch.equal(resect.load(tmp_path / "cut", OwnNorm().eval())(x), small(x))
+
+
+def test_a_raw_parameter_of_several_branches_stays_when_one_goes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Parameter(torch.randn(4))
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + torch.tanh(self.first(x) * self.shared)
+            return x + torch.tanh(self.second(x) * self.shared)
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(2, 4)
+    blocks = resect.find_blocks(model, x)
+    small = resect.remove(model, blocks, "first")
+    with torch.no_grad():
+        assert torch.equal(small(x), x + torch.tanh(model.second(x) * model.shared))
+    assert sorted(small.state_dict()) == ["second.bias", "second.weight", "shared"]

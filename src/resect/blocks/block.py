@@ -57,7 +57,8 @@ class ResidualBlock:
     owner_call: int | None
     """Which of the owner's calls, where it runs more than once and its raw parameters are intercepted."""
     counted_in: str | None
-    """The module during whose call the numbered calls are counted; None: there are none."""
+    """The module during whose call the numbered calls are counted. None: there are none, and nothing of what is
+    intercepted serves others too."""
     sum: int
     """Number of the addition; parallel branches of one sum share it."""
     places: tuple[tuple[str, int, int], ...]

@@ -58,12 +58,16 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, s
     inside = {names[id(p)] for call in calls for p in call.module.parameters() if id(p) in names}
     raw = tuple(sorted(graph.parameters(term.nodes) - inside))
     entries = _entries(graph, term, calls, raw)
+    shared = [name for name in raw if graph.parameters_users(name) - term.nodes]
+    raw = tuple(name for name in raw if name in entries or name not in shared)
     if not calls and not entries:
         raise Refused("the branch has neither modules nor parameters of its own")
     owner = innermost(graph, [graph.nodes[term.sum].call, *(call.parent for call in calls)])
     name_of_owner = owner.name if owner else ""
     _check_entries(graph, term, entries, owner)
     numbers, scope, owner_call = _numbers(graph, term, calls, owner if entries else None)
+    if scope is None and not set(entries).isdisjoint(shared):
+        scope = name_of_owner
     ahead = graph.additions_to(term.nodes, [node for node, _ in term.exits])
     pending = (
         *(_pending_after(graph, term, ahead, call) for call in calls),
@@ -78,7 +82,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, s
         index=index,
         stage=1,
         shortcut=term.shortcut,
-        part=part_of([call.module for call in weights], [call.name for call in weights]),
+        part=part_of([call.module for call in weights], [call.name for call in weights], name_of_owner),
         modules=tuple(call.name for call in calls),
         calls=numbers,
         templates=tuple(call.output for call in calls),

@@ -28,14 +28,16 @@ def innermost(graph: Graph, calls: Iterable[int]) -> Call | None:
     return named[-1] if named else None
 
 
-def part_of(modules: list[nn.Module], names: list[str]) -> str:
-    """Return what a branch mostly is: attention, conv or mlp."""
+def part_of(modules: list[nn.Module], names: list[str], owner: str) -> str:
+    """Return what a branch mostly is: attention, conv or mlp; ``names`` are those of its modules inside ``owner``."""
     inside = [pair for name, module in zip(names, modules, strict=True) for pair in module.named_modules(prefix=name)]
     words = [
         f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         for name, module in inside
         if "norm" not in type(module).__name__.lower()  # a norm may be called post_attention_layernorm
     ]
+    above = {part.lower() for name in names for part in name.removeprefix(owner).split(".")[:-1]}
+    words += [part for part in above if "norm" not in part]
     if any("attn" in word or "attention" in word for word in words):
         return "attention"
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for _, module in inside):

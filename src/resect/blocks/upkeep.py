@@ -72,17 +72,25 @@ class Upkeep:
         values += [*args, *kwargs.values()]
         cache = next((value for value in values if is_cache(value)), None)
         if cache is None:
+            given = (value for name, value in kwargs.items() if name.startswith("past_"))
+            if (unknown := next(filter(_may_grow, given), None)) is not None:
+                raise AttachError(
+                    f"A closed attention cannot keep up a {type(unknown).__name__}, a cache of the model's own kind. "
+                    "Call the model with use_cache=False."
+                )
             return
         hidden = next(value for value in values if isinstance(value, (Tensor, Absent)))
         own = getattr(cache, "self_attention_cache", cache)
+        # One module for several layers is told which one it is.
+        told = next((value for value in (kwargs.get("layer_idx"), *args) if type(value) is int), 0)
         for index in self.layers:
-            _advance(own, index, hidden)
+            _advance(own, index if index >= 0 else told, hidden)
         for index in self.states:
             _mark(own, index)
 
 
 def _index(module: nn.Module) -> int | None:
-    index = getattr(module, "layer_idx", None)
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
     return index if type(index) is int else None
 
 
@@ -100,6 +108,10 @@ def is_cache(value: Any) -> bool:
         return False
     own = getattr(value, "self_attention_cache", value)
     return hasattr(own, "layers") and hasattr(own, "update") and hasattr(own, "get_seq_length")
+
+
+def _may_grow(value: Any) -> bool:
+    return not isinstance(value, (Tensor, Absent, dict)) and callable(getattr(value, "update", None))
 
 
 def _advance(cache: Any, index: int, hidden: Any) -> None:

@@ -135,11 +135,6 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
     modules = dict(model.named_modules())
     originals: dict[str, Any] = {}
     for block in blocks:
-        if block.counted_in is not None or block.unwrap:
-            gate = Gate(block, REMOVED, modules[block.owner]).close()
-            with ExitStack() as undo:
-                install(modules, gate, undo)
-                originals[f"{block.name} (gate)"] = undo.pop_all()
         for name in block.raw_parameters if block.counted_in is None else ():
             parent, attribute = _parent(model, name)
             if attribute not in parent._parameters:
@@ -149,13 +144,19 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
             parent.__dict__[attribute] = stand_in
         for position, name in enumerate(block.modules):
             if block.calls[position] is not None:
-                continue
+                continue  # it also runs elsewhere
             stub = Removed(block, position, modules[name], Upkeep.of(model, name)).train(modules[name].training)
             for path, parent in [(path, parent) for path, parent in model.named_modules()]:
                 for attribute, child in list(parent._modules.items()):
                     if child is modules[name]:
                         originals[f"{path}.{attribute}" if path else attribute] = child
                         setattr(parent, attribute, stub)
+        if block.counted_in is not None or block.unwrap:
+            present = dict(model.named_modules())
+            gate = Gate(block, REMOVED, present[block.owner]).close()
+            with ExitStack() as undo:
+                install(present, gate, undo)
+                originals[f"{block.name} (gate)"] = undo.pop_all()
     return originals
 
 
