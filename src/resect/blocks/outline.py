@@ -130,6 +130,17 @@ class OutlineCheck:
         problem = difference(expected, found)
         return f"closing it does not give the model without it: {problem}" if problem else ""
 
+    def opening_differs(self, candidates: Sequence[ResidualBlock]) -> str:
+        """Say how the run with open gates differs from the recorded one, "" if it does not."""
+        handle = Gates(self.model, Blocks(candidates))
+        try:
+            problem = difference(outline(self.recorded), outline(trace(self.model, self.example)))
+        except Exception as error:
+            return f"looking for its gate breaks the model's own code: {type(error).__name__}: {error}"
+        finally:
+            handle.detach()
+        return f"a gate changes the model even while open: {problem}" if problem else ""
+
     def acting_differs(self, candidates: Sequence[ResidualBlock]) -> str:
         """Say how a function on the branch end disagrees with the recorded run, "" if it does not."""
         expected = outline(self.recorded, marked=[place for block in candidates for place in block.places])

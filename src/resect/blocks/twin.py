@@ -23,7 +23,8 @@ def meta_copy(module: nn.Module) -> nn.Module:
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {}
     for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta")
+        with torch._C.DisableTorchFunctionSubclass():  # quantised weights may know no more than their own layer needs
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for part in module.modules():  # neither gates nor hooks come along
         memo |= {id(value): type(value)() for key, value in part.__dict__.items() if key.endswith("_hooks") and value}

@@ -83,6 +83,10 @@ class Check(Protocol):
         """Compare the model with a function on the branch end of each of these blocks."""
         ...
 
+    def opening_differs(self, candidates: Sequence[ResidualBlock]) -> str:
+        """Compare the model with an open gate on each of these blocks."""
+        ...
+
 
 def verify(
     check: Check, candidates: Sequence[ResidualBlock], *, each: bool = False
@@ -106,10 +110,13 @@ def verify(
         else block
         for block in good
     ]
+    # Where a function acts as it should, the gate that holds it is no hindrance; elsewhere that is still to be seen.
+    bad_open = at_fault([block for block in blocks if not block.scalable], check.opening_differs, each)
+    blocks = [block for block in blocks if block.name not in bad_open]
     where = {block.name: block.owner for block in candidates}
     return (
         [replace(block, index=index, verified=check.verified) for index, block in enumerate(blocks)],
-        [Refusal(where[name] or name, reason) for name, reason in bad_close.items()],
+        [Refusal(where[name] or name, reason) for name, reason in (bad_close | bad_open).items()],
     )
 
 
@@ -213,6 +220,18 @@ class ValueCheck:
             handle.detach()
         difference = compare(expected, output)
         return f"its last module's output is not the branch end: {difference}" if difference else ""
+
+    def opening_differs(self, candidates: Sequence[ResidualBlock]) -> str:
+        """Say how the model with open gates differs from itself, "" if it does not."""
+        expected = self.run()
+        handle = Gates(self.model, Blocks(candidates))
+        try:
+            difference = compare(expected, self.run())
+        except Exception as error:
+            return f"looking for its gate breaks the model's own code: {type(error).__name__}: {error}"
+        finally:
+            handle.detach()
+        return f"a gate changes the model even while open: {difference}" if difference else ""
 
     def run(self, changes: Mapping[tuple[str, int, int], Change] | None = None) -> Any:
         """Return the model's output and those of the blocks' owners, with operands of additions replaced."""
