@@ -345,6 +345,24 @@ def test_gates_act_through_wrappers(how, one_process):
     assert torch.equal(small(X), net.head(net.stem(X)))
 
 
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_users_hooks_on_a_wrapper_act_around_gates_and_not_while_blocks_are_found(how, one_process):
+    net, seen = Net().eval(), []
+    model = wrapped(net, how)
+    model.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    model.register_forward_hook(lambda m, args, output: seen.append(output))
+    net.layers[0].a.register_forward_hook(lambda m, args, output: output * 3)
+    blocks = resect.find_blocks(model, X)
+    assert len(blocks) == 3
+    assert not seen
+    with torch.no_grad(), resect.closed(model, blocks[1:]):
+        output = model(X)
+        stream = net.stem(X * 2)
+        assert torch.equal(output, net.head(stream + net.layers[0].a(stream)))
+    assert len(seen) == 1
+    assert torch.equal(seen[0], output)
+
+
 def compiled_parts(how):
     net = Net().eval()
     if how == "model.compile()":
