@@ -333,6 +333,21 @@ class TwoConvolutions(Pictures):
         return self.down(x), nn.functional.avg_pool2d(x, 2)
 
 
+class FrozenNorm(Pictures):
+    """DETR: the shortcut's norm is a product and a sum with constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.scale, self.bias = (
+            nn.Conv2d(4, 8, 1, 2),
+            nn.Parameter(torch.rand(1, 8, 1, 1)),
+            nn.Buffer(torch.rand(1, 8, 1, 1)),
+        )
+
+    def shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down(x) * self.scale + self.bias, nn.functional.avg_pool2d(x, 2)
+
+
 class SharedPool(Pictures):
     """DLA: the pooled input is projected for the shortcut, and goes on beside it."""
 
@@ -380,7 +395,7 @@ class ActivatedLast(Pictures):
         return self.down(x), nn.functional.avg_pool2d(x, 2)
 
 
-@pytest.mark.parametrize("kind", [TwoConvolutions, SharedPool, ActivatedFirst])
+@pytest.mark.parametrize("kind", [TwoConvolutions, FrozenNorm, SharedPool, ActivatedFirst])
 def test_a_projection_may_be_of_several_linear_parts(kind: type[Pictures]) -> None:
     torch.manual_seed(0)
     model, x = kind().eval(), torch.randn(2, 3, 8, 8)

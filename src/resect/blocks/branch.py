@@ -20,14 +20,19 @@ def describe(graph: Graph, terms: list[Term], model: nn.Module) -> tuple[list[Re
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[ResidualBlock] = []
     refused: list[Refusal] = []
-    for term in drop_nested(
-        graph, [term for term in terms if (term.weighty if not term.nodes else _has_weights(graph, term))], sizes
-    ):
+    for term in drop_nested(graph, [term for term in terms if _matters(graph, term)], sizes):
         try:
             found.append(block_of(graph, term, sizes, names, len(found)))
         except Refused as refusal:
             refused.append(Refusal(graph.place(term.sum) or type(model).__name__, str(refusal)))
     return unique(found), refused
+
+
+def _matters(graph: Graph, term: Term) -> bool:
+    """Whether a sum is worth a block, or else a refusal: learned positions added to queries are neither."""
+    if term.nodes:
+        return _has_weights(graph, term)
+    return term.weighty and any(graph.dependent[start] for start in term.starts)
 
 
 def _has_weights(graph: Graph, term: Term) -> bool:

@@ -155,6 +155,7 @@ def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
 
     What the shortcut is made of may serve others too (one pooled input for two trees); the branch may not.
     """
+    terms = [operand for operand in terms if graph.dependent[operand.value]]  # a bias is no term
     if len(terms) != 2:
         return []
     fork = graph.fork(*(operand.value for operand in terms))
@@ -174,12 +175,13 @@ def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
 
 
 def _is_projection(graph: Graph, light: frozenset[int]) -> bool:
-    """Whether a way adds nothing and is linear, but for an activation first; it pools only to change the size."""
+    """Whether a way is linear, but for an activation first, and not a sum of ways; it pools only to change the size."""
     nodes = graph.nodes
     weights = [node for node in light if graph.count([node], HEAVY)]
     idle = (nodes[node].shape == nodes[nodes[node].inputs[0]].shape for node in light if "pool" in nodes[node].op)
     first = all(node < min(weights, default=-1) for node in _nonlinear(graph, light))
-    return first and not any(idle) and not any(nodes[node].operands for node in light)
+    joins = (all(graph.dependent[value] for value in operands) for node in light if (operands := nodes[node].operands))
+    return first and not any(idle) and not any(joins)  # a bias joins nothing
 
 
 def _nonlinear(graph: Graph, inside: frozenset[int]) -> list[int]:
