@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from resect.blocks.absent import absent_of_shape
+from resect.blocks.absent import Absent, absent_of_shape
 from resect.blocks.block import ResidualBlock
 from resect.blocks.carried import Carried
+from resect.blocks.recompute import reentrant
 from resect.blocks.state import Acting, Gate
+from resect.errors import AttachError
 
 
 class Frame:
@@ -36,7 +38,10 @@ class Frame:
         acting = [gate for gate in self.gates if gate.acts]
         if any(gate.is_closed for gate in acting):
             for name in block.entries:
-                self._take(name, absent_parameter(block, name, self.holders[name]))
+                stand_in = absent_parameter(block, name, self.holders[name])
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    stand_in.__class__ = _Entry
+                self._take(name, stand_in)
             for gate in acting:
                 gate.served |= bool(block.entries)
         elif block.end is not None and block.end >= len(block.modules):
@@ -66,7 +71,20 @@ class Frame:
         return twin
 
 
-def absent_parameter(block: ResidualBlock, name: str, holder: nn.Module) -> Any:
+class _Entry(Absent):
+    """A raw parameter that is absent during its owner's call, and back when a checkpoint in there recomputes."""
+
+    def pass_through(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Begin the branch, unless the backward pass would begin it again, unnoticed, with the parameter."""
+        if not torch.is_grad_enabled() and reentrant() is not None:
+            raise AttachError(
+                f"{self.block.name!r} begins at a raw parameter, inside reentrant gradient checkpointing: the "
+                "recomputation would find the parameter at its place. Use checkpoint(…, use_reentrant=False)."
+            )
+        return super().pass_through(func, args, kwargs)
+
+
+def absent_parameter(block: ResidualBlock, name: str, holder: nn.Module) -> Absent:
     """Return the Absent that stands for a raw parameter of a branch."""
     parameter = getattr(holder, name.rpartition(".")[2])
     pending = block.pending[len(block.modules) + block.raw_parameters.index(name)]

@@ -9,6 +9,7 @@ restoring a remembered class: sharding swaps classes too.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class Port:
         """How many gates need the attention fast path off during this module's call."""
         self.counted = 0
         self.count: int | None = None
+        self.thread: int | None = None
+        """The thread that is inside a call which is framed or counted in."""
 
     def is_idle(self) -> bool:
         """Whether nothing needs this port any more."""
@@ -86,6 +89,21 @@ class Port:
         """Every gate that this module serves."""
         holders: list[Part | Frame] = [*self.parts, *self.frames]
         return [gate for holder in holders for gate in holder.gates]
+
+    def claim(self) -> int | None:
+        """Take what is framed and counted here for this thread; return whose it was."""
+        if torch.compiler.is_compiling():
+            return None
+        me, before = threading.get_ident(), self.thread
+        if before not in (None, me):
+            gate = next(gate for port in (self, *self.counters) for gate in port.gates)
+            raise AttachError(
+                f"Two threads run the model at once while {gate.block.name!r} has a gate. Its modules are shared, or "
+                "it begins at raw parameters, so that the calls of several threads cannot be told apart: give each "
+                "thread a copy of the model, or leave such blocks open."
+            )
+        self.thread = me
+        return before
 
     def next_call(self) -> int | None:
         """Return the number of the call that begins; None outside the module in which calls are counted."""
@@ -129,6 +147,7 @@ class Intercepted:
 
     def _framed(self, port: Port, call: int | None, args: Any, kwargs: Any) -> Any:
         frames = [frame for frame in port.frames if frame.call is None or frame.call == call]
+        thread = port.claim() if frames or port.counters else None
         entered: list[Frame] = []
         counted = [counter.count for counter in port.counters]
         try:
@@ -144,6 +163,8 @@ class Intercepted:
                 frame.leave()
             for counter, before in zip(port.counters, counted, strict=True):
                 counter.count = before
+            if frames or port.counters:
+                port.thread = thread
         if any(frame.block.unwrap for frame in frames):
             output = tree_map_only(InFlight, settled, output)
         for part in port.parts:

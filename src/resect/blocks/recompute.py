@@ -63,7 +63,7 @@ def stamp(gate: Versioned, training: bool) -> None:
     if torch.is_grad_enabled():
         holder, attribute = _non_reentrant() if hooked else None, "recompute_fn"
     elif training:  # outside training, no gradient enabled means inference: not worth a look at the stack
-        holder, attribute = _reentrant(), "run_function"
+        holder, attribute = reentrant(), "run_function"
     else:
         return
     if holder is None:
@@ -92,7 +92,7 @@ def _frame_of(generator: Any) -> Any:
     return generator.gi_frame.f_locals.get("new_frame") if getattr(generator, "gi_frame", None) else None
 
 
-def _reentrant() -> Any:
+def reentrant() -> Any:
     """Return the context of the checkpoint function on the stack, torch's or one written like it."""
     return _on_stack("forward", "ctx", lambda ctx: ctx if hasattr(ctx, "run_function") else None)
 
