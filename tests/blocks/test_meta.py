@@ -31,7 +31,7 @@ class Joined(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.f = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        self.f = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
         self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
@@ -42,6 +42,7 @@ class Joined(nn.Module):
         x = torch.add(x, self.f[2](x), alpha=0.5)
         x = x + self.f[3](x).view(-1, 2, 2).transpose(1, 2).transpose(1, 2).reshape(x.shape)
         x = x + self.scale * self.f[4](x)
+        x = self.f[6](x) + self.f[7](x) + x
         return x - self.f[5](x)
 
 

@@ -3,12 +3,13 @@
 The outline of a run is a list of the operations that matter for its output: what each is called, its shape, and which
 earlier operations, parameters and inputs it reads. The outline of the model with blocks closed must be that of the
 recorded run in which the block's one addition hands on its shortcut, and what then serves nobody is gone. That proves
-which operations run on what, but not their numbers: blocks verified so say it.
+which operations run on what; their numbers, what is no tensor (an axis, a factor) and what they write beside the
+output (a buffer, a cache) are not compared: blocks verified so say it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,15 +44,18 @@ class Step:
 def outline(run: Trace, without: Sequence[Place] = (), marked: Sequence[Place] = ()) -> list[Step]:
     """Return what matters of a run: with the operands at some places left out, and those at others acted on."""
     index = {(node.op, node.number): node.index for node in run.nodes if node.op}
-    left_out = {index[op, number]: operand for op, number, operand in without}
+    left_out = {(index[op, number], operand) for op, number, operand in without}
     acted_on = {(index[op, number], operand) for op, number, operand in marked}
-    sources = {node.index: _sources(node, left_out, acted_on) for node in run.nodes}
 
+    sources: dict[int, list[tuple[int, bool]]] = {}
     same: dict[int, int] = {}
     marks: set[int] = set()
+    gone: set[int] = set()
     for node in run.nodes:
-        found = sources[node.index]
-        if node.index in left_out or node.op in _SAME or node.op in ("aten::copy_", _MARK):
+        found = sources[node.index] = _sources(node, left_out, acted_on, gone)
+        if node.operands and not found:
+            gone.add(node.index)  # a sum of branches alone, all of them left out
+        elif (node.operands and len(found) == 1) or node.op in _SAME or node.op in ("aten::copy_", _MARK):
             source, mark = found[-1]
             same[node.index] = same.get(source, source)
             if mark or source in marks or node.op == _MARK:
@@ -79,14 +83,14 @@ def outline(run: Trace, without: Sequence[Place] = (), marked: Sequence[Place] =
     return kept
 
 
-def _sources(node: Node, left_out: Mapping[int, int], acted_on: set[tuple[int, int]]) -> list[tuple[int, bool]]:
+def _sources(
+    node: Node, left_out: set[tuple[int, int]], acted_on: set[tuple[int, int]], gone: set[int]
+) -> list[tuple[int, bool]]:
     """Return the values that an operation reads, each with whether a function acted on it before."""
     if node.operands is None:
         return [(source, False) for source in node.inputs]
-    found = [(source, (node.index, place) in acted_on) for place, source in enumerate(node.operands)]
-    if node.index in left_out:
-        del found[left_out[node.index]]
-    return found
+    places = [(source, (node.index, place)) for place, source in enumerate(node.operands)]
+    return [(source, at in acted_on) for source, at in places if at not in left_out and source not in gone]
 
 
 def difference(expected: Sequence[Step], found: Sequence[Step]) -> str:
