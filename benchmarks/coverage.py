@@ -12,6 +12,7 @@ residual blocks, blocks) come from the committed lists.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -26,27 +27,13 @@ from typing import Any
 
 import torch
 from coverage_models import SOURCES, Family, families, is_installed
+from coverage_models.quick import QUICK
 from coverage_table import table
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "coverage"
 TIMEOUT = 600
 MEMORY = 8 << 30
-QUICK = {
-    "timm": (
-        "resnet18", "test_efficientnet", "convnext_tiny", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
-        "davit_tiny", "test_maxvit", "mobilenetv3_small_050", "regnetx_002", "mixer_s16_224", "xcit_nano_12_p16_224",
-        "cait_xxs24_224", "mvitv2_tiny", "test_mambaout", "edgenext_xx_small", "starnet_s050", "vit_mid",
-        "samvit_base_patch16", "resnetv2_50x1_bit", "test_byobnet",
-    ),
-    "torchvision": ("resnet18", "convnext", "vit", "swin", "mobilenet_v2", "quantizable resnet18"),
-    "torch": ("Transformer", "TransformerEncoder, padded"),
-    "handwritten": (
-        "f += x", "x - f(x)", "highway", "parallel", "dict output", "raw weights", "one layer, three calls",
-        "side output", "part of the channels", "U-Net", "RepVGG", "positions, mask, rotation",
-    ),
-}  # fmt: skip
-"""40 families: each kind of block once, those that are used most first."""
 
 
 def examine(family: Family) -> dict[str, Any]:
@@ -107,6 +94,13 @@ def run_all(todo: Sequence[Family], jobs: int, timeout: float) -> Iterator[dict[
             yield row or {"source": family.source, "name": family.name, "found": 0, "verified": 0, "error": error}
 
 
+def fingerprint() -> str:
+    """Return a hash of the library and the checks: what another code gave does not count."""
+    folders = ("src/resect/blocks/*.py", "src/resect/shrink/*.py", "benchmarks/coverage_*.py")
+    files = [path for folder in folders for path in ROOT.glob(folder)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
+
+
 def summary(rows: dict[tuple[str, str], dict[str, Any]], listed: Sequence[Family]) -> dict[str, int]:
     """Add up what the lists expect and what the runs gave."""
     residual = [family for family in listed if family.residual]
@@ -135,53 +129,62 @@ def main() -> None:
     parser.add_argument("pattern", nargs="?", default="", help="part of the families' names")
     parser.add_argument("--quick", action="store_true", help="a fixed spread of 40 families, under 50 s")
     parser.add_argument("--again", action="store_true", help="run what has run before as well")
+    parser.add_argument("--stale", action="store_true", help="keep what other code gave; the table counts such rows")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     options = parser.parse_args()
 
-    listed: list[Family] = []
-    missing = []
-    for source in [options.source] if options.source else SOURCES:
-        if options.quick and source not in QUICK:
-            continue
-        if not is_installed(source):
-            missing.append(source)
-            print(f"{source} is not installed: its families are skipped")
-            continue
-        listed += [f for f in families(source) if options.pattern in f.name]
+    # The denominators count every listed family, also of a source that is not installed here.
+    listed = [family for source in [options.source] if source for family in families(source)]
+    listed = listed or [family for source in SOURCES for family in families(source)]
+    listed = [family for family in listed if options.pattern in family.name]
     if options.quick:
         listed = [family for family in listed if family.name in QUICK[family.source]]
+    missing = [source for source in dict.fromkeys(f.source for f in listed) if not is_installed(source)]
+    for source in missing:
+        print(f"{source} is not installed: its families are not run")
 
+    code = fingerprint()
     cache = CACHE / ("quick.jsonl" if options.quick else "full.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    if options.quick or (options.again and not options.source):
+    if options.quick:
         cache.unlink(missing_ok=True)
-    elif cache.exists():
-        rows = {(row["source"], row["name"]): row for row in map(json.loads, cache.read_text().splitlines())}
-    for source in {family.source for family in listed}:
-        importlib.import_module(SOURCES[source][1])
-    # Loaded once: every process is a fork of this one.
-    for module in ("coverage_checks", "resect.blocks.find", "resect.shrink.files", "torch._dynamo"):
-        importlib.import_module(module)
-    todo = [f for f in listed if options.again or (f.source, f.name) not in rows]
+    rows = read(cache, None if options.stale else code)
+    todo = [f for f in listed if f.source not in missing and (options.again or (f.source, f.name) not in rows)]
+    preload({family.source for family in todo})
+    of_key = {(family.source, family.name): family for family in listed}
     with cache.open("a") as lines:
         for row in run_all(todo, options.jobs, TIMEOUT):
             key = row["source"], row["name"]
-            rows[key] = row
-            lines.write(json.dumps(row) + "\n")
+            rows[key] = row | {"code": code}
+            lines.write(json.dumps(rows[key]) + "\n")
             lines.flush()
-            family = next(f for f in listed if (f.source, f.name) == key)
-            good = is_full(family, row) if family.residual else row["found"] == 0 and not row["error"]
-            print(
-                f"{'ok ' if good else 'BAD'} {family.source:12s} {family.name:44s} {row['verified']}/{row['found']}"
-                f" of {family.published}  {row.get('seconds', '')} s  {row['error'] or _first(row)}",
-                flush=True,
-            )
+            print(line(of_key[key], row), flush=True)
     result = summary(rows, listed)
     if not options.source and not options.quick:
-        text = table(listed, rows, result, missing, is_full)
-        (ROOT / "docs" / "coverage.md").write_text(text, encoding="utf-8")
+        (ROOT / "docs" / "coverage.md").write_text(table(listed, rows, result, code, is_full), encoding="utf-8")
     print(json.dumps(result))
+
+
+def read(cache: Path, code: str | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what earlier runs of the same code (None: of any) found, by source and name."""
+    found = map(json.loads, cache.read_text().splitlines()) if cache.exists() else ()
+    return {(row["source"], row["name"]): row for row in found if code in (None, row.get("code"))}
+
+
+def preload(sources: set[str]) -> None:
+    """Import once what every process needs: each is a fork of this one."""
+    modules = ("coverage_checks", "resect.blocks.find", "resect.shrink.files", "torch._dynamo")
+    for module in (*(SOURCES[source][1] for source in sources), *modules):
+        importlib.import_module(module)
+
+
+def line(family: Family, row: dict[str, Any]) -> str:
+    """Say in one line what a family gave, and the first thing that is wrong with it."""
+    good = is_full(family, row) if family.residual else row["found"] == 0 and not row["error"]
+    return (
+        f"{'ok ' if good else 'BAD'} {family.source:12s} {family.name:44s} {row['verified']}/{row['found']}"
+        f" of {family.published}  {row.get('seconds', '')} s  {row['error'] or _first(row)}"
+    )
 
 
 def _first(row: dict[str, Any]) -> str:

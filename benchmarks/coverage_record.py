@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,10 +161,10 @@ class Recording(Frames):
         self._alive.clear()
         return self
 
-    def needed(self, cuts: set[tuple[int, int]]) -> set[int]:
-        """Return the operations that the output still needs when these (addition, operand) are cut off."""
+    def needed(self, cuts: set[tuple[int, int]], also: Iterable[int] = ()) -> set[int]:
+        """Return the operations that the output, and others, still need when these (addition, operand) are cut off."""
         seen: set[int] = set()
-        waiting = [node for node in self.outputs if node >= 0]
+        waiting = [node for node in (*self.outputs, *also) if node >= 0]
         while waiting:
             node = waiting.pop()
             if node in seen:
@@ -210,7 +210,8 @@ class Replacing(Frames):
         change = self.changes.get((key, -1))  # the value itself, wherever it goes
         if change is not None:
             self.applied.add((key, -1))
-            output.copy_(change(output))
+            value = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))  # a norm gives several
+            value.copy_(change(value))
         return output
 
 

@@ -32,7 +32,7 @@ def table(
     listed: Sequence[Family],
     rows: Rows,
     result: dict[str, int],
-    missing: Sequence[str],
+    code: str,
     is_full: Callable[[Family, dict[str, Any]], bool],
 ) -> str:
     """Return the whole page."""
@@ -47,7 +47,12 @@ def table(
         parts.append(f"- {use} use: {good} of {len(some)} families in full")
     errors = [row["notes"].get("scaled_error", 0) for row in rows.values() if row.get("notes")]
     parts.append(f"- largest difference of a scaled branch from the oracle: {max(errors, default=0):.1g}")
-    parts += [f"\n{source} was not installed: its families are missing." for source in missing]
+    absent = sum((family.source, family.name) not in rows for family in listed)
+    if absent:
+        parts.append(f"- not run: {absent} families; they count as not verified")
+    stale = sum(row.get("code") != code for row in rows.values())
+    if stale:
+        parts.append(f"- run with an earlier version of the code: {stale} families")
     for source in SOURCES:
         some = [family for family in listed if family.source == source]
         if some:

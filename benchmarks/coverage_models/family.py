@@ -40,6 +40,8 @@ class Family:
     """Why the train-mode check cannot be run (``""``: it is run)."""
     batch: Callable[[Any], Any] | None = None
     """Turns the example into one with another batch size; None: every tensor is repeated along its first axis."""
+    slow: bool = False
+    """Whether the checks take more than 10 s: then it is left out of the random sample that the tests run."""
     sums: Mapping[str, int] = field(default_factory=dict)
     """In which classes' own code the additions stand, ``{class: number}``, where that is known: tells a block from
     a sum inside its branch."""

@@ -348,8 +348,8 @@ FAMILIES: tuple[Family, ...] = (
     _row(
         "gcvit_xxtiny",
         64,
-        20,
-        "counted: 4 MbConvBlock + 8 x 2 GlobalContextVitBlock (the global query's convolutions: nested)",
+        25,
+        "counted: 9 MbConvBlock (5 of them make the global queries) + 8 x 2 GlobalContextVitBlock",
         cls="gcvit.GlobalContextVit",
         img_size=64,
         window_ratio=(16, 16, 16, 32),

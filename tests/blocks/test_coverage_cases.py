@@ -384,6 +384,22 @@ class PooledAlike(Pictures):
         return nn.functional.max_pool2d(x, 3, 1, 1), x
 
 
+class Positioned(TwoConvolutions):
+    """TNT: two streams out of one embedding, one of them with learned positions, meet in a layer."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(8, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.positions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down.append(self.Positions())
+
+
 class ActivatedLast(Pictures):
     """Two branches, the light one with an activation at its end."""
 
@@ -404,7 +420,22 @@ def test_a_projection_may_be_of_several_linear_parts(kind: type[Pictures]) -> No
     closed_is_zeroed(model, x, blocks[0].name, "f")
 
 
-@pytest.mark.parametrize("kind", [PooledAlike, ActivatedLast])
+def test_a_pooled_shortcut_is_one_also_where_there_is_nothing_left_to_pool() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x) + nn.functional.max_pool2d(x, 3, 2, 1)
+
+    for size in (8, 1):
+        assert len(
+            resect.find_blocks(nn.Sequential(nn.Conv2d(3, 3, 1), Pooled()).eval(), torch.randn(2, 3, size, size))
+        )
+
+
+@pytest.mark.parametrize("kind", [PooledAlike, Positioned, ActivatedLast])
 def test_two_operations_side_by_side_are_no_residual_block(kind: type[Pictures]) -> None:
     assert not len(resect.find_blocks(kind().eval(), torch.randn(2, 3, 8, 8)))
 

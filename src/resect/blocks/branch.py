@@ -66,7 +66,7 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, s
     shared = [name for name in raw if graph.parameters_users(name) - term.nodes]
     raw = tuple(name for name in raw if name in entries or name not in shared)
     if not calls and not entries:
-        raise Refused("the branch has neither modules nor parameters of its own")
+        raise Refused("the branch has neither modules nor parameters of its own: what it computes serves others too")
     owner = innermost(graph, [graph.nodes[term.sum].call, *(call.parent for call in calls)])
     name_of_owner = owner.name if owner else ""
     _check_entries(graph, term, entries, owner)

@@ -175,13 +175,20 @@ def _forked(graph: Graph, outer: Node, terms: list[Operand]) -> list[Term]:
 
 
 def _is_projection(graph: Graph, light: frozenset[int]) -> bool:
-    """Whether a way is linear, but for an activation first, and not a sum of ways; it pools only to change the size."""
-    nodes = graph.nodes
+    """Whether a way is linear, but for an activation first; it pools only to get smaller, and joins nothing else."""
     weights = [node for node in light if graph.count([node], HEAVY)]
-    idle = (nodes[node].shape == nodes[nodes[node].inputs[0]].shape for node in light if "pool" in nodes[node].op)
     first = all(node < min(weights, default=-1) for node in _nonlinear(graph, light))
-    joins = (all(graph.dependent[value] for value in operands) for node in light if (operands := nodes[node].operands))
-    return first and not any(idle) and not any(joins)  # a bias joins nothing
+    return first and not any(graph.nodes[node].stays or _joins(graph, node) for node in light)
+
+
+def _joins(graph: Graph, node: int) -> bool:
+    """Whether an operation adds another way, or learned positions; a bias joins nothing."""
+    operands = graph.nodes[node].operands or ()
+    positions = any(
+        graph.nodes[value].parameter is not None and sum(size > 1 for size in graph.nodes[value].shape) > 1
+        for value in operands
+    )
+    return positions or (bool(operands) and all(graph.dependent[value] for value in operands))
 
 
 def _nonlinear(graph: Graph, inside: frozenset[int]) -> list[int]:

@@ -46,6 +46,8 @@ class Node:
     """Per positional argument, the node of the tensor it is, else -1."""
     shape: tuple[int, ...] = ()
     """Of its first result."""
+    stays: bool = False
+    """A pooling over several values that goes on by one: nothing gets smaller."""
     target: int = -1
     """The value that it wrote over, if it is in place."""
     # For a sum or difference of two tensors only:
@@ -122,6 +124,9 @@ class _Recorder(TorchDispatchMode):
         node.arguments, node.function = arguments, self.function
         if func._overloadpacket in flop_registry:
             node.flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
+        if "pool" in node.op and len(args) > 1 and isinstance(args[1], list):
+            strides = args[2] if len(args) > 2 and args[2] else args[1]
+            node.stays = max(args[1]) > 1 and max(strides) == 1
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
             if argument.is_write and isinstance(named.get(argument.name), Tensor):
@@ -159,6 +164,7 @@ class _Recorder(TorchDispatchMode):
         known = self._of_tensor.get(id(tensor))
         if known is None:
             known = self._add("", ()).index
+            self.nodes[known].shape = tuple(tensor.shape)
             self._remember(tensor, known)
         return max(known, self._last_write.get(_storage(tensor), -1))
 
