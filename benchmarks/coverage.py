@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a fixed spread of 40 families, under 50 s")
     parser.add_argument("--again", action="store_true", help="run what has run before as well")
     parser.add_argument("--stale", action="store_true", help="keep what other code gave; the table counts such rows")
+    parser.add_argument("--table", action="store_true", help="run nothing: write the table of what has been run")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     options = parser.parse_args()
 
@@ -150,6 +151,7 @@ def main() -> None:
         cache.unlink(missing_ok=True)
     rows = read(cache, None if options.stale else code)
     todo = [f for f in listed if f.source not in missing and (options.again or (f.source, f.name) not in rows)]
+    todo = [] if options.table else todo
     preload({family.source for family in todo})
     of_key = {(family.source, family.name): family for family in listed}
     with cache.open("a") as lines:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .family import Family, Weight, lively
 
 NEEDS_TARGETS = "in training it takes targets and returns losses"
+_SLOW = {"wide_resnet", "fcn_resnet", "deeplabv3_resnet", "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "raft_large",
+         "raft_small", "vgg11_bn", "lraspp_mobilenet_v3_large"}  # fmt: skip
 
 
 def _row(
@@ -38,7 +40,8 @@ def _row(
         return lively(model), example() if example else torch.randn(2, 3, *shape)
 
     residual = bool(published) if residual is None else residual
-    return Family("torchvision", name, made, published, where, residual, weight, trains, batch)
+    slow = name in _SLOW or trains == NEEDS_TARGETS
+    return Family("torchvision", name, made, published, where, residual, weight, trains, batch, slow)
 
 
 def _googlenet(name: str) -> nn.Module:
