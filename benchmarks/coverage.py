@@ -96,7 +96,7 @@ def run_all(todo: Sequence[Family], jobs: int, timeout: float) -> Iterator[dict[
 
 def fingerprint() -> str:
     """Return a hash of the library and the checks: what another code gave does not count."""
-    folders = ("src/resect/blocks/*.py", "src/resect/shrink/*.py", "benchmarks/coverage_*.py")
+    folders = ("src/resect/blocks/*.py", "src/resect/shrink/*.py", "benchmarks/coverage_[cr]*.py")
     files = [path for folder in folders for path in ROOT.glob(folder)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 

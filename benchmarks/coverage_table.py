@@ -21,7 +21,9 @@ together and in random subsets, scaled, removed, saved, loaded and trained witho
 oracle that shares no code with the library: it runs the whole model and replaces one operand of one addition.
 
 - **expected**: residual blocks that this variant's architecture has, from the paper or the modeling code, written down
-  beforehand in `benchmarks/coverage_models/`. A dash: the structure gives no single number.
+  beforehand in `benchmarks/coverage_models/`. A dash: the structure gives no single number. Three rows were put right
+  after a first run, from the modeling code: NASNet and PNASNet (pooled shortcuts in the cells that halve the picture)
+  and GCViT (the convolutions of its global queries).
 - **verified**: blocks that passed every check. Equal means equal to the bit; scaled branches may differ by
   1e-4 of the largest value (the largest seen is given below).
 - **use**: how much a family is used, a judgement of the lists' authors, not a measurement.
