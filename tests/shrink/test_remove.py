@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -220,3 +221,41 @@ def test_a_raw_parameter_left_of_its_branch():
     net, x = Left(), torch.randn(2, 4)
     blocks = resect.find_blocks(net, x)
     assert torch.equal(resect.remove(net, blocks, blocks.names)(x), x)
+
+
+def test_what_is_gone_cannot_be_removed_again(setup):
+    model, _, blocks = setup
+    small = resect.remove(model, blocks, blocks.names[:1])
+    with pytest.raises(InputError, match=r"Already removed .* Find the blocks of what is left"):
+        resect.remove(small, blocks, blocks.names[:2])
+
+
+class Normed(nn.Module):
+    """Weights computed before each call, and a map that somebody keeps to look at."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.f, self.g = (torch.nn.utils.weight_norm(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.f(x).relu()
+        self.map = self.g(x).softmax(-1)
+        return x + self.map
+
+
+def test_a_model_that_keeps_values_with_gradients_is_copied(tmp_path):
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(2, 4)
+    blocks = resect.find_blocks(model, x)
+    model(x).sum().backward()
+    small = resect.remove(model, blocks, ["f"])
+    resect.save(small, tmp_path / "cut")
+    again = resect.load(tmp_path / "cut", Normed())
+    assert torch.equal(small(x), again(x))
+    again(x).sum().backward()
+    with torch.inference_mode():
+        copy = resect.remove(model, blocks, ["f"])
+    copy(x).sum().backward()
+    assert copy.g.weight_g.grad is not None

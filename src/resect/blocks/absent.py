@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.blocks.block import ResidualBlock
 from resect.blocks.inflight import DIFFERENCES, AbsentError, InFlight
+from resect.blocks.making import makes
 
 _JOINED = frozenset({"cat", "concat", "concatenate"})
 _OF_A_VALUE = frozenset({"item", "tolist", "numpy", "data_ptr", "backward", "storage", "untyped_storage"})
@@ -50,14 +51,16 @@ class Absent(InFlight):
         name = getattr(func, "__name__", "")
         if not isinstance(other, (Tensor, InFlight)):
             return self  # a number changes no value that was not computed
-        if isinstance(other, Absent):
-            nearest = self if self.pending <= other.pending else other
-            return nearest if not nearest.pending else nearest._after(func, (left, right), kwargs, 1)
-        if self.pending:
-            return self._after(func, (left, right), kwargs, 1)
+        in_place = name.endswith("_") and name not in ("__add__", "__radd__", "__sub__")
+        nearest = other if isinstance(other, Absent) and other.pending < self.pending else self
+        if nearest.pending or isinstance(other, Absent):
+            value = nearest._after(func, (left, right), kwargs, 1) if nearest.pending else nearest
+            if not (in_place and isinstance(left, Absent)):
+                return value
+            left.pending = value.pending  # the model may drop the result and go on with what was written
+            return left
         if left is not self:
             # Written in place it stays where the model expects it.
-            in_place = name.endswith("_") and name not in ("__add__", "__radd__", "__sub__")
             return other if in_place else self._alone(other)
         shortcut: Any = other
         value = self._alone(-shortcut if name in DIFFERENCES else shortcut)
@@ -81,8 +84,11 @@ class Absent(InFlight):
         name = getattr(func, "__name__", str(func))
         absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Absent)]
         nearest = min(absents, key=lambda absent: absent.pending)
-        if args and isinstance(args[0], Tensor) and (name == "__setitem__" or _writes(name)):
-            return nearest._written_into(args[0])
+        if args and (name == "__setitem__" or _writes(name)):
+            if isinstance(args[0], Tensor):
+                return nearest._written_into(args[0])
+            if isinstance(args[0], Absent):
+                args[0].pending = nearest.pending
         if (
             nearest.block.zeros
             and name in _JOINED
@@ -94,7 +100,7 @@ class Absent(InFlight):
 
     def _written_into(self, target: Tensor) -> Any:
         """Write nothing; what is made for this branch alone is then not computed either."""
-        if not self.block.spreads:
+        if not (self.block.spreads and makes(self.block.name, target)):
             if (found := _unwritten.get()) is not None:
                 found.append(target)
             return target
@@ -147,7 +153,9 @@ class Absent(InFlight):
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Part of a value that was not computed is not computed either."""
+        """Part of a value that was not computed is not computed either, and has as many additions before it."""
+        if isinstance(value, Absent):
+            self.pending = min(self.pending, value.pending)
 
     def __len__(self) -> int:
         return len(self.twin())

@@ -67,7 +67,9 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, s
     raw = tuple(name for name in raw if name in entries or name not in shared)
     if not calls and not entries:
         raise Refused("the branch has neither modules nor parameters of its own: what it computes serves others too")
-    owner = innermost(graph, [graph.nodes[term.sum].call, *(call.parent for call in calls)])
+    weights = [call for call in calls if has_weights(call.module)]
+    # A model's rotary embedding that serves one attention alone is of its branch, but does not make it the model's.
+    owner = innermost(graph, [graph.nodes[term.sum].call, *(call.parent for call in weights or calls)])
     name_of_owner = owner.name if owner else ""
     _check_entries(graph, term, entries, owner)
     numbers, scope, owner_call = _numbers(graph, term, calls, owner if entries else None)
@@ -80,7 +82,6 @@ def block_of(graph: Graph, term: Term, sizes: dict[str, int], names: dict[int, s
     )
     own = [name for name in {*raw, *inside} if not graph.parameters_users(name) - term.nodes]
     end, leaf, exact, reason = _end(graph, term, calls, raw, entries)
-    weights = [call for call in calls if has_weights(call.module)]
     block = ResidualBlock(
         name=_name(name_of_owner, weights or calls),
         owner=name_of_owner,

@@ -51,6 +51,11 @@ class Frame:
                 value = getattr(self.holders[name], name.rpartition(".")[2])
                 self._take(name, Carried(((value, Acting(changing)),), block.pending[block.end]))
 
+    @property
+    def spreads(self) -> bool:
+        """Whether what the closed branch would write may make tensors of the owner's own absent too."""
+        return self.block.spreads and any(gate.is_closed and gate.acts for gate in self.gates)
+
     def _take(self, name: str, stand_in: Any) -> None:
         holder, attribute = self.holders[name], name.rpartition(".")[2]
         parameter = holder._parameters.pop(attribute, None)

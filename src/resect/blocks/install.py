@@ -27,7 +27,7 @@ def install(modules: Mapping[str, nn.Module], gate: Gate, undo: ExitStack) -> No
         undo.callback(_take_off, module, part, gate)
         if block.calls[position] is not None:
             _count(module, modules[block.counted_in or ""], undo)
-    if block.entries or block.unwrap or (block.end is not None and block.end >= len(block.modules)):
+    if block.entries or block.unwrap or block.spreads or (block.end is not None and block.end >= len(block.modules)):
         owner = modules[block.owner]
         frame = _frame(port_of(owner), block, modules)
         frame.gates.append(gate)

@@ -20,6 +20,7 @@ from resect.blocks.block import ResidualBlock
 from resect.blocks.carried import Carried
 from resect.blocks.frame import Frame, fast_path_off
 from resect.blocks.inflight import InFlight, settled
+from resect.blocks.making import making
 from resect.blocks.state import PORT, Acting, Gate
 from resect.blocks.template import pick, replaced
 from resect.blocks.twin import absent_output
@@ -156,7 +157,8 @@ class Intercepted:
             for frame in frames:
                 entered.append(frame)
                 frame.enter()
-            with fast_path_off(bool(port.fast_path_off)):
+            spreading = [frame.block.name for frame in frames if frame.spreads]
+            with fast_path_off(bool(port.fast_path_off)), making(spreading):
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             for frame in reversed(entered):

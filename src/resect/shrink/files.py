@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, sha256_of, whole_folder
 from resect.shrink.compact import delete_layers
 from resect.shrink.history import COMPACT
-from resect.shrink.remove import take_out
+from resect.shrink.remove import copied, take_out
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
@@ -81,7 +80,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     missing = [f"no module {name!r}" for block in plan.blocks for name in block.modules if name not in modules]
     missing += [f"no parameter {name!r}" for b in plan.blocks for name in b.raw_parameters if name not in weights]
     check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
-    small = copy.deepcopy(model)
+    small = copied(model)
     take_out(small, plan.blocks)
     delete_layers(small, plan.evidence.get(COMPACT, {}).get("layers", ()))
     _check_fits(small, tensors, plan)

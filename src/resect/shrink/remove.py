@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from resect.blocks.absent import absent_of_shape
+from resect.blocks.absent import Absent, absent_of_shape
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.frame import absent_parameter
 from resect.blocks.gate import REMOVED, check_detached, closed, resolve
 from resect.blocks.install import install
 from resect.blocks.plan import Plan
-from resect.blocks.state import Gate
+from resect.blocks.state import PORT, Gate
 from resect.blocks.trace import quiet
 from resect.blocks.twin import absent_output, meta_copy
 from resect.blocks.unwrap import unwrap
@@ -106,7 +107,13 @@ def remove(
     if any(block not in tuple(blocks) for block in plan.blocks):
         # A plan from another run of the same architecture: act on this model's own blocks.
         plan = Plan(tuple(blocks.select(plan.names)), plan.by, plan.scores, plan.evidence, plan.model)
-    small = model if in_place else copy.deepcopy(model)
+    gone = [repr(block.name) for block in plan.blocks if _is_gone(model, block)]
+    if gone:
+        raise InputError(
+            f"Already removed from this {type(model).__name__}: {', '.join(gone)}. Find the blocks of what is left: "
+            "resect.find_blocks(model, example)."
+        )
+    small = model if in_place else copied(model)
     with quiet(model):
         with closed(model, blocks.select(plan.names)):
             expected = observe(model, blocks.example, blocks)
@@ -123,6 +130,37 @@ def remove(
     earlier = getattr(model, "resect_plan", None)  # cut before: the plan says all that is gone
     small.resect_plan = grown(earlier if isinstance(earlier, Plan) else None, plan, deleted)  # type: ignore[assignment]
     return small
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy; what was computed with gradients and kept (by weight norm, say) is copied as values."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    with torch.inference_mode(False):  # in it, the copy's weights could never be trained
+        return copy.deepcopy(model, memo)
+
+
+def _is_gone(model: nn.Module, block: ResidualBlock) -> bool:
+    """Whether an earlier cut took a block out of a model."""
+    modules = dict(model.named_modules())
+    names = [*block.modules, *(name.rpartition(".")[0] for name in block.raw_parameters), block.owner]
+    ports = [vars(modules[name]).get(PORT) for name in names]
+    return (
+        any(isinstance(modules[name], Removed) for name in block.modules)
+        or any(
+            gate.holder == REMOVED and gate.block.name == block.name for port in ports if port for gate in port.gates
+        )
+        or any(isinstance(vars(modules[path]).get(name), Absent) for path, name in map(_split, block.raw_parameters))
+    )
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, attribute = name.rpartition(".")
+    return path, attribute
 
 
 def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any]:
@@ -151,7 +189,7 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
                     if child is modules[name]:
                         originals[f"{path}.{attribute}" if path else attribute] = child
                         setattr(parent, attribute, stub)
-        if block.counted_in is not None or block.unwrap:
+        if block.counted_in is not None or block.unwrap or block.spreads:
             present = dict(model.named_modules())
             gate = Gate(block, REMOVED, present[block.owner]).close()
             with ExitStack() as undo:
@@ -173,5 +211,5 @@ def put_back(model: nn.Module, originals: dict[str, Any]) -> None:
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, attribute = name.rpartition(".")
-    return model.get_submodule(parent), attribute
+    path, attribute = _split(name)
+    return model.get_submodule(path), attribute
