@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,3 +153,14 @@ def test_additions_in_place_inside_a_branch_are_counted(how):
             assert torch.equal(model(x), model[1](x))
         small = resect.remove(model, blocks, ["1/f"])
         assert torch.equal(small(x), model[0](x))
+
+
+def test_a_cut_model_with_memory_of_its_own_serves_several_threads():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Keeps(False), Keeps(False)).eval(), torch.randn(2, 4)
+    blocks = resect.find_blocks(model, x)
+    small = resect.remove(model, blocks, blocks.names)
+    inside = threading.Barrier(3)
+    small[1].register_forward_pre_hook(lambda *_: (inside.wait(10), None)[1])
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(y, x) for y in pool.map(small, [x] * 3))

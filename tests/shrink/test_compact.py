@@ -172,3 +172,26 @@ def test_names_are_translated_by_whole_parts():
     assert original("layers.1/f", moved) == "layers.2/f"
     assert original("layers.1", moved) == "layers.2"
     assert original("layers.10.f", moved) == "layers.10.f"
+
+
+def test_a_wrapper_that_its_config_alone_does_not_build_is_no_hindrance():
+    class Adapted(nn.Module):
+        """As adapters around a model are: they save themselves and show the config of the model inside."""
+
+        def __init__(self, inner, adapters):
+            super().__init__()
+            self.inner, self.adapters, self.config = inner, adapters, {"layers": 4}
+
+        def save_pretrained(self):
+            raise NotImplementedError
+
+        def forward(self, x):
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    model, x = Adapted(Model(), ()), torch.randn(3, 6)
+    small = cut(model, x, "inner.layers.1")
+    assert len(small.inner.layers) == 3
+    blocks = resect.find_blocks(model, x)
+    with resect.closed(model, [block for block in blocks if block.owner == "inner.layers.1"]):
+        assert torch.equal(small(x), model(x))

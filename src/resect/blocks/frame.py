@@ -52,6 +52,12 @@ class Frame:
                 self._take(name, Carried(((value, Acting(changing)),), block.pending[block.end]))
 
     @property
+    def claims(self) -> bool:
+        """Whether it changes what other threads would see meanwhile, or cannot tell their values apart."""
+        block = self.block
+        return bool(block.entries) or block.unwrap or (block.end is not None and block.end >= len(block.modules))
+
+    @property
     def spreads(self) -> bool:
         """Whether what the closed branch would write may make tensors of the owner's own absent too."""
         return self.block.spreads and any(gate.is_closed and gate.acts for gate in self.gates)

@@ -148,7 +148,8 @@ class Intercepted:
 
     def _framed(self, port: Port, call: int | None, args: Any, kwargs: Any) -> Any:
         frames = [frame for frame in port.frames if frame.call is None or frame.call == call]
-        thread = port.claim() if frames or port.counters else None
+        claims = bool(port.counters) or any(frame.claims for frame in frames)
+        thread = port.claim() if claims else None
         entered: list[Frame] = []
         counted = [counter.count for counter in port.counters]
         try:
@@ -165,7 +166,7 @@ class Intercepted:
                 frame.leave()
             for counter, before in zip(port.counters, counted, strict=True):
                 counter.count = before
-            if frames or port.counters:
+            if claims:
                 port.thread = thread
         if any(frame.block.unwrap for frame in frames):
             output = tree_map_only(InFlight, settled, output)

@@ -159,7 +159,7 @@ def _fault(small: nn.Module, layers: list[str], example: Example) -> str:
         for name, child in small.get_submodule(container)._modules.items()
         if child is not None and f"{container}.{name}".removeprefix(".") not in layers
     ]
-    bases = [(m, standard(m)) for m in _outermost_pretrained(small)]
+    bases = [(m, _standard(m)) for m in _outermost_pretrained(small)]
     standards = [m for m, built in bases if built is not None and not differences(built, m, gone_from(m), watched)]
     expected = _observe(small, watched, example)
     undo: Undo = []
@@ -177,6 +177,14 @@ def _fault(small: nn.Module, layers: list[str], example: Example) -> str:
         return f"the model does not run without it: {type(error).__name__}: {error}"
     finally:
         put_back(undo)
+
+
+def _standard(model: nn.Module) -> nn.Module | None:
+    """Return what a model's class makes of its config; None where it needs more than that (adapters around a model)."""
+    try:
+        return standard(model)
+    except Exception:
+        return None
 
 
 def _outermost_pretrained(model: nn.Module) -> Iterator[nn.Module]:
