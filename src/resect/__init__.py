@@ -32,7 +32,7 @@ _STORY = {
     "shrink.remove": ["remove"],
     "shrink.files": ["load", "save"],
 }
-_ROOMS = ("errors", "files", "blocks", "train", "analyse", "shrink")
+_ROOMS = ("errors", "files", "blocks", "train", "analyse", "shrink", "integrations")
 _HOME = {name: f"resect.{module}" for module, names in _STORY.items() for name in names}
 
 __all__ = sorted(_HOME)

@@ -5,6 +5,7 @@ from resect import analyse as analyse
 from resect import blocks as blocks
 from resect import errors as errors
 from resect import files as files
+from resect import integrations as integrations
 from resect import shrink as shrink
 from resect import train as train
 

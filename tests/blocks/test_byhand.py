@@ -89,11 +89,21 @@ def test_two_blocks_of_one_name_get_two_names_and_do_not_share_a_module(x):
 
     net = nn.Sequential(Flat(), nn.Linear(4, 50)).eval()
     found, inner = resect.find_blocks(net, x), resect.block(net, x, branch="0.mix")
-    assert found.names == inner.names == ["0/mix"]
+    assert (found.names, inner.names) == (["0/mix"], ["0/mix~1"])  # a name means one block of a model
     both = found + inner
-    assert [(block.name, len(block.modules)) for block in both] == [("0/mix@1", 1), ("0/mix", 3)]
-    with pytest.raises(resect.ResectError, match="already held by"), resect.gates(net, both):
+    assert [(block.name, len(block.modules)) for block in both] == [("0/mix~1", 1), ("0/mix", 3)]
+    with pytest.raises(resect.ResectError, match="one of the two at a time"), resect.gates(net, both):
         pass
+    with resect.closed(net, inner):
+        expected = net(x)
+    for which in (inner, inner[0], [inner[0]], both[0], both.select(inner[0]), both.select("0/mix~1")):
+        with resect.closed(net, which):
+            assert torch.equal(net(x), expected)
+        assert torch.equal(resect.remove(net, both, which)(x), expected)
+    with resect.closed(net, found):
+        assert not torch.equal(net(x), expected)
+    with pytest.raises(InputError, match="is none of these 1"):
+        found.select(inner[0])
 
 
 @torch.no_grad()
@@ -125,13 +135,18 @@ def test_what_the_search_finds_is_the_same_by_hand(x):
         (lambda m, x: x + m.f(x), "ff", {}, "Unknown module 'ff'"),
         (lambda m, x: x + m.f(x), "h", {}, "'h' was not called on this example"),
         (lambda m, x: x + m.f(x), [], {}, "branch is empty"),
-        (lambda m, x: torch.cat([x, m.f(x)], -1), "f", {}, "'f' feed no addition of two tensors"),
+        (lambda m, x: torch.cat([x, m.f(x)], -1), "f", {}, "'f' reaches no addition of two tensors"),
         (lambda m, x: torch.lerp(x, m.f(x), 0.5), "f", {}, "sums by cat, lerp or addcmul"),
         (lambda m, x: m.g(x) + m.f(x), ["f", "g"], {}, "Name modules of one branch"),
         (lambda m, x: (lambda y: torch.cat([x + y, y], -1))(m.f(x)), "f", {}, "is also used outside it"),
         (lambda m, x: m.h(x + m.f(x)), "f", {"shortcut": "h"}, "'h' does not meet the branch 'f'"),
-        (lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), "f", {}, "'f' feed 2 additions"),
-        (lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), "f", {"addition": 2}, "addition=2: 'f' feed 2"),
+        (lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)), "f", {}, "'f' reach 2 additions"),
+        (
+            lambda m, x: (lambda y: y + m.f(y))(x + m.f(x)),
+            "f",
+            {"addition": 2},
+            "addition=2: 'f' reach 2",
+        ),
     ],
 )
 def test_what_cannot_be_named(x, forward, branch, options, told):

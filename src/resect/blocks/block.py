@@ -88,6 +88,11 @@ class ResidualBlock:
         return True
 
     @property
+    def intercepts(self) -> tuple[Any, ...]:
+        """What tells one block of a model from another, in every run: what is intercepted, and at which calls."""
+        return self.owner, self.owner_call, self.modules, self.calls, self.entries
+
+    @property
     def scalable(self) -> bool:
         """Whether a function can act on exactly the branch end."""
         return self.end is not None
@@ -177,14 +182,12 @@ class Blocks(Sequence[ResidualBlock]):
     def __add__(self, other: Blocks) -> Blocks:
         """Return the blocks of both, found on the same model and example, in order of execution, each once.
 
-        Where two different blocks have one name, that of the second gets a number: ``mlp@1``.
+        Where two different blocks have one name, that of the second gets a number: ``mlp~1``.
         """
         together = list(self)
         for block in other:
             if all((block.sum, block.places) != (known.sum, known.places) for known in together):
-                names = {known.name for known in together}
-                free = (f"{block.name}@{number}" if number else block.name for number in itertools.count())
-                together.append(replace(block, name=next(name for name in free if name not in names)))
+                together.append(choose.named_apart(block, together))
         ordered = sorted(together, key=lambda block: (block.sum, block.places))
         return self._with(choose.number_stages(replace(block, index=place) for place, block in enumerate(ordered)))
 
@@ -209,8 +212,19 @@ class Blocks(Sequence[ResidualBlock]):
     def select(self, which: Blocks | Key | Iterable[Key]) -> Blocks:
         """Return the blocks meant by names, places, blocks, or one of them; each once, in order of execution."""
         keys: Iterable[Any] = [which] if isinstance(which, (str, int, ResidualBlock)) else which
-        wanted = {self[key.name if isinstance(key, ResidualBlock) else key].name for key in keys}
+        wanted = {self._meant(key).name for key in keys}
         return self._with(block for block in self if block.name in wanted)
+
+    def _meant(self, key: Key) -> ResidualBlock:
+        """Return what a name, a place or a block means: a block by what it is, whatever it is called here."""
+        if isinstance(key, int) and not -len(self) <= key < len(self):
+            raise InputError(f"There is no block {key}: there are {len(self)}, counted from 0.")
+        if not isinstance(key, ResidualBlock):
+            return self[key]
+        for block in self:
+            if block.intercepts == key.intercepts:
+                return block
+        raise InputError(f"The block {key.name!r} is none of these {len(self)}: it comes from elsewhere.")
 
     def kind(self, shortcut: Shortcut) -> Blocks:
         """Return the blocks with this kind of shortcut: ``identity``, ``projection`` or ``reshape``."""
@@ -220,11 +234,8 @@ class Blocks(Sequence[ResidualBlock]):
 
     def matching(self, pattern: str) -> Blocks:
         """Return the blocks whose name or owner matches a shell pattern such as ``layer3.*``."""
-        return self._with(
-            block
-            for block in self
-            if fnmatch.fnmatchcase(block.name, pattern) or fnmatch.fnmatchcase(block.owner, pattern)
-        )
+        fits = [any(fnmatch.fnmatchcase(name, pattern) for name in (block.name, block.owner)) for block in self]
+        return self._with(itertools.compress(self, fits))
 
     def part(self, part: str) -> Blocks:
         """Return the blocks whose branch is ``attention``, ``mlp`` or ``conv``, in small letters or large.

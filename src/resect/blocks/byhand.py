@@ -9,6 +9,8 @@ from torch import nn
 
 from resect.blocks.block import Blocks, Shortcut
 from resect.blocks.branch import describe
+from resect.blocks.choose import named_apart
+from resect.blocks.gate import remembered
 from resect.blocks.graph import Graph
 from resect.blocks.look import Look, looked_at
 from resect.blocks.sums import Operand, Term, operands_of, term_of
@@ -67,7 +69,8 @@ def block(
         reasons = [refusal.reason for refusal in (*refused, *bad)]
         why = reasons[0] if reasons else "no weights and no mixing lie in it, so there is nothing to leave out"
         raise BlocksError(f"The branch of {quoted(branches)} cannot be controlled: {why}.")
-    return look.blocks(good)
+    # A name that already means another block of this model would be taken for that one.
+    return look.blocks([named_apart(good[0], remembered(look.model))])
 
 
 def _named(look: Look, names: str | Iterable[str], what: str) -> list[str]:
@@ -113,8 +116,9 @@ def _meetings(graph: Graph, branches: list[str], shortcuts: list[str]) -> list[M
         )
     if not found:
         raise InputError(
-            f"{quoted(branches)} feed no addition of two tensors together: sums by cat, lerp or addcmul, and by "
-            "modules that add inside one operation, cannot be told apart from their terms. Name modules of one branch."
+            f"{quoted(branches)} {'reach' if len(branches) > 1 else 'reaches'} no addition of two tensors: sums by "
+            "cat, lerp or addcmul, and by modules that add inside one operation, cannot be told from their terms. Name "
+            "modules of one branch."
         )
     met = [m for m in found if all(any(_reaches(graph, name, o.value) for o in m.others) for name in shortcuts)]
     if not met:
@@ -130,14 +134,14 @@ def _chosen(graph: Graph, meetings: list[Meeting], branches: list[str], addition
     """Return the addition meant: the numbered one, or else that whose branch holds least besides what was named."""
     if addition is not None:
         if addition not in range(len(meetings)):
-            raise InputError(f"addition={addition!r}: {quoted(branches)} feed {len(meetings)}, counted from 0.")
+            raise InputError(f"addition={addition!r}: {quoted(branches)} reach {len(meetings)} additions, from 0.")
         return meetings[addition]
     inside = tuple(f"{name}." for name in branches)
     unnamed = [sum(not p.startswith(inside) for p in graph.parameters(meeting.inside)) for meeting in meetings]
     nearest = [meeting for meeting, count in zip(meetings, unnamed, strict=True) if count == min(unnamed)]
     if len(nearest) > 1:
         listed = "".join(f"\n  addition={meetings.index(m)}: in {_where(graph, m.sum)}" for m in nearest)
-        raise InputError(f"{quoted(branches)} feed {len(nearest)} additions. Say which one is meant:{listed}")
+        raise InputError(f"{quoted(branches)} reach {len(nearest)} additions. Say which one is meant:{listed}")
     return nearest[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -34,6 +35,13 @@ def layer_of(owner: str) -> str:
     """
     numbered = re.match(r"(.*\.)?\d+(?=\.|$)", owner)
     return numbered[0] if numbered else owner
+
+
+def named_apart(block: ResidualBlock, others: Iterable[ResidualBlock]) -> ResidualBlock:
+    """Return the block under a name that no other block has: ``mlp``, or else ``mlp~1``, ``mlp~2`` …"""
+    names = {other.name for other in others if other.intercepts != block.intercepts}
+    free = (f"{block.name}~{number}" if number else block.name for number in itertools.count())
+    return replace(block, name=next(name for name in free if name not in names))
 
 
 def of_stage(blocks: Iterable[ResidualBlock], number: int) -> list[ResidualBlock]:

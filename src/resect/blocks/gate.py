@@ -11,12 +11,9 @@ from torch import nn
 
 from resect.blocks.block import Blocks, Key, ResidualBlock
 from resect.blocks.install import install, strip
-from resect.blocks.state import PORT, Gate, Mode
+from resect.blocks.state import PORT, REMOVED, Gate, Mode
 from resect.blocks.unwrap import unwrap
 from resect.errors import AttachError, BlocksError, InputError, check_all
-
-REMOVED = "removed"
-"""Holder of the gates that stand, for good, for removed blocks which share their modules."""
 
 Which: TypeAlias = "Blocks | Key | Iterable[Key]"
 
@@ -28,6 +25,11 @@ def remember(model: nn.Module, blocks: Blocks) -> None:
     _found[model] = blocks
 
 
+def remembered(model: nn.Module) -> Blocks:
+    """Return the blocks that were found on a model; none where it was not searched."""
+    return _found.get(model, Blocks(()))
+
+
 def resolve(model: nn.Module, which: Which) -> Blocks:
     """Return the blocks of ``model`` meant by ``which``: Blocks, names, places or one of them.
 
@@ -37,10 +39,10 @@ def resolve(model: nn.Module, which: Which) -> Blocks:
     model = unwrap(model)
     if not isinstance(which, Blocks):
         which = [which] if isinstance(which, (str, int, ResidualBlock)) else list(which)
-        if model in _found:
-            which = _found[model].select(which)
-        elif all(isinstance(key, ResidualBlock) for key in which):
+        if all(isinstance(key, ResidualBlock) for key in which):
             which = Blocks(key for key in which if isinstance(key, ResidualBlock))
+        elif model in _found:
+            which = _found[model].select(which)
         else:
             raise BlocksError(
                 f"The blocks of this {type(model).__name__} are not known yet, so {which!r} cannot be looked up. "

@@ -10,7 +10,7 @@ from torch import nn
 from resect.blocks.block import ResidualBlock
 from resect.blocks.frame import Frame
 from resect.blocks.intercept import Part, Port, port_of, release
-from resect.blocks.state import PORT, Gate
+from resect.blocks.state import PORT, REMOVED, Gate
 from resect.blocks.upkeep import Upkeep
 from resect.errors import AttachError
 
@@ -52,13 +52,22 @@ def _part(port: Port, block: ResidualBlock, position: int, upkeep: Upkeep) -> Pa
         if part.block == block and part.position == position:
             return part
         if part.block != block and (call is None or part.call is None or part.call == call):
-            raise AttachError(
-                f"Module {block.modules[position]!r} is already held by {part.block.name!r} "
-                f"({', '.join(gate.holder for gate in part.gates)}), found under another name or on another trace. "
-                "Detach that first."
-            )
+            raise AttachError(_held(block, block.modules[position], part))
     port.parts.append(Part(block, position, upkeep))
     return port.parts[-1]
+
+
+def _held(block: ResidualBlock, module: str, part: Part) -> str:
+    holders = ", ".join(dict.fromkeys(gate.holder for gate in part.gates))
+    if any(gate.holder == REMOVED for gate in part.gates):
+        return (
+            f"{block.name!r} cannot be controlled: {module!r} also ran for {part.block.name!r}, which was removed, and "
+            "from then on its calls cannot be told apart. Remove all at once, from the uncut model."
+        )
+    return (
+        f"{block.name!r} and {part.block.name!r} ({holders}) share {module!r}: one lies in the other's branch, or they "
+        "were found on different examples. Attach one of the two at a time."
+    )
 
 
 def _frame(port: Port, block: ResidualBlock, modules: Mapping[str, nn.Module]) -> Frame:

@@ -14,6 +14,8 @@ from resect.blocks.recompute import changed, stamp
 from resect.errors import AttachError
 
 PORT = "_resect_port"
+REMOVED = "removed"
+"""Holder of the gates that stand, for good, for removed blocks which share their modules."""
 Mode: TypeAlias = Literal["training", "eval"] | None
 """When a gate acts: while the owner trains, while it does not, or always."""
 

@@ -150,7 +150,8 @@ def _check_memory(name: str, model: nn.Module) -> None:
     if size > MEMORY * psutil.virtual_memory().available:
         raise InputError(
             f"Model 'hf:{name}' has {number / 1e9:.1f} billion parameters ({size / 2**30:.0f} GiB), too many for this "
-            "machine. Take fewer of the same layers: -o num_hidden_layers=2 (or what its configuration calls them)."
+            "machine. Take fewer of the same layers: -o num_hidden_layers=2 (or what its configuration calls them). Or "
+            'find the blocks of all of them without any memory, in Python: docs/finding.md, "Models too large to hold".'
         )
 
 

@@ -77,7 +77,10 @@ def open_model(name: str, options: Sequence[str] = (), data: str | None = None) 
     if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
         name, looks_like_path = f"hf:{name}", False
     if looks_like_path and not folder.is_dir():
-        raise FileError(f"There is no folder {name!r}. Train one with: resect train digits-plain --out {name}")
+        raise FileError(
+            f"There is no folder {name!r}. A folder is one that `resect train` "
+            f"or transformers' save_pretrained wrote. For instance: resect train digits-plain --out {name}"
+        )
     if looks_like_path:
         if options:
             raise InputError("Options go with a model by name; a folder says itself how its model was built.")

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from resect.blocks.absent import Absent
 from resect.blocks.example import Example
+from resect.blocks.state import PORT
 from resect.blocks.trace import quiet
 from resect.blocks.upkeep import Upkeep
 from resect.errors import InputError
@@ -54,10 +55,10 @@ def compact(small: nn.Module, example: Example) -> dict[str, Any]:
                 deleted = [*deleted, layer]
     kept = {layer: reason for layer, reason in kept.items() if reason}
     if not deleted:
-        reasons = "".join(f"\n  - {layer}: {reason}" for layer, reason in kept.items())
+        reasons = "".join(f"\n  - {layer}: {reason}" for layer, reason in kept.items()) or " No layer lost a module."
         raise InputError(
             "compact=True deletes those children of an nn.ModuleList or nn.Sequential of which nothing is left, and "
-            f"here is none.{reasons}\nRemove without compact=True; resect.save and resect.load serve such a model."
+            f"here is none.{reasons}\nRemove without compact=True, and use resect.save and resect.load."
         )
     return {**delete_layers(small, deleted), "kept": kept}
 
@@ -115,6 +116,8 @@ def _changes(small: nn.Module, path: str, example: Example) -> str:
     layer = small.get_submodule(path)
     if layer in gone_modules(small):
         return ""  # a branch that is itself a child of the container: the proof on the whole model decides
+    if any(getattr(vars(module).get(PORT), "counted", 0) for module in layer.modules()):
+        return "it shares modules with other layers, whose calls are told apart by their number"
     calls: list[Any] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:

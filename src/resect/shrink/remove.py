@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from resect.blocks.absent import Absent, absent_of_shape
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.frame import absent_parameter
-from resect.blocks.gate import REMOVED, check_detached, closed, resolve
+from resect.blocks.gate import check_detached, closed, resolve
 from resect.blocks.install import install
 from resect.blocks.plan import Plan
-from resect.blocks.state import PORT, Gate
+from resect.blocks.state import PORT, REMOVED, Gate
 from resect.blocks.trace import quiet
 from resect.blocks.twin import absent_output, meta_copy
 from resect.blocks.unwrap import unwrap
