@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nets import Net
@@ -104,6 +106,11 @@ def test_two_blocks_of_one_name_get_two_names_and_do_not_share_a_module(x):
         assert not torch.equal(net(x), expected)
     with pytest.raises(InputError, match="is none of these 1"):
         found.select(inner[0])
+    # Found on a copy that was not searched, it has the outer one's name, and still means the inner one.
+    (alike,) = resect.block(copy.deepcopy(net), x, branch="0.mix")
+    assert alike.name == "0/mix"
+    assert both.select(alike).names == ["0/mix~1"]
+    assert torch.equal(resect.remove(net, both, [alike])(x), expected)
 
 
 @torch.no_grad()

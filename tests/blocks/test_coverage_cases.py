@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
+from resect.blocks.upkeep import Upkeep
 
 WIDTH = 6
 
@@ -163,7 +164,7 @@ class Stateful(nn.Module):
         value = torch.tanh(self.first(x))
         state[:, 0] = value[:, -1]
         x = x + value
-        mixed = torch.zeros_like(x)
+        mixed = torch.ones_like(x)  # zeros would hide that it was not written
         mixed[:, 1:] = self.second(x)[:, :-1]
         return x + mixed * 2
 
@@ -179,7 +180,7 @@ def test_what_a_closed_branch_would_write_stays_unwritten():
         after = state.clone()
         with resect.closed(model, "first"):
             out = model(x, after)
-        shifted = torch.cat([torch.zeros(3, 1), model.second(x)[:, :-1]], 1)
+        shifted = torch.cat([torch.ones(3, 1), model.second(x)[:, :-1]], 1)
         assert torch.equal(out, x + 2 * shifted)
         assert torch.equal(after, state)
         small = resect.remove(model, blocks, blocks.names)
@@ -513,3 +514,52 @@ def test_a_raw_parameter_of_several_branches_stays_when_one_goes():
     with torch.no_grad():
         assert torch.equal(small(x), x + torch.tanh(model.second(x) * model.shared))
     assert sorted(small.state_dict()) == ["second.bias", "second.weight", "shared"]
+
+
+class Strided(nn.Module):
+    """The shortcut is a slice with gaps in memory; the sum has none, and other layouts round otherwise later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, ::2]
+        return x + self.f(x)
+
+
+def test_a_closed_sum_lies_in_memory_as_the_sum_does() -> None:
+    model, x = Strided().eval(), torch.randn(3, 4)
+    blocks = resect.find_blocks(model, x)
+    with torch.no_grad(), resect.closed(model, blocks):
+        assert model(x).stride() == (model.f.weight.shape[0], 1)
+
+
+class Keys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx = 3
+
+    def forward(self, x: Tensor, cache) -> Tensor:  # type: ignore[no-untyped-def]
+        return cache.update(x, x, self.layer_idx)[0]
+
+
+class State(nn.Module):
+    """A state-space mixer knows its layer too, but adds no keys to the cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx = 3
+
+    def forward(self, x: Tensor, cache) -> Tensor:  # type: ignore[no-untyped-def]
+        return cache.update_recurrent_state(x, self.layer_idx)
+
+
+class Derived(State):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "layers", "states"), [(Keys, (3,), ()), (State, (), (3,)), (Derived, (), (3,))])
+def test_what_a_module_keeps_up_is_read_off_its_code(kind, layers, states) -> None:  # type: ignore[no-untyped-def]
+    upkeep = Upkeep.of(nn.ModuleDict({"mixer": kind()}), "mixer")
+    assert (upkeep.layers, upkeep.states) == (layers, states)

@@ -195,3 +195,19 @@ def test_a_wrapper_that_its_config_alone_does_not_build_is_no_hindrance():
     blocks = resect.find_blocks(model, x)
     with resect.closed(model, [block for block in blocks if block.owner == "inner.layers.1"]):
         assert torch.equal(small(x), model(x))
+
+
+def test_layers_that_share_a_module_stay_with_that_reason():
+    class Shared(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(6), mlp
+
+        def forward(self, x):
+            return x + self.mlp(self.norm(x))
+
+    mlp, x = nn.Linear(6, 6), torch.randn(3, 6)
+    model = nn.Sequential(*(Shared(mlp) for _ in range(3))).eval()
+    blocks = resect.find_blocks(model, x)
+    with pytest.raises(InputError, match="shares modules with other layers"):
+        resect.remove(model, blocks, blocks.names[1], compact=True)
