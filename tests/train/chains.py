@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
+from resect.train.draws import generator
 
 
 class Layer(nn.Module):
@@ -88,3 +89,18 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 twin = copy.deepcopy
+
+
+def draw_dropped(probs: list[float], samples: int, seed: int, step: int) -> Tensor:
+    """Draw, per block and sample, whether the branch is dropped: the hash in plain Python numbers, one by one."""
+
+    def mix(value: int) -> int:
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            value = (value ^ (value >> shift)) * factor % 2**32
+        return value ^ (value >> 15)
+
+    keys = torch.randint(2**32, (len(probs),), generator=generator("dropped", seed, step)).tolist()
+    drawn = [
+        [mix(mix(row) ^ key) / 2**32 < prob for row in range(samples)] for key, prob in zip(keys, probs, strict=True)
+    ]
+    return torch.tensor(drawn)

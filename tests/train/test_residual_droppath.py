@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from chains import OPTIMIZERS, batches, chain, moved, same, snapshot, twin
+from chains import OPTIMIZERS, batches, chain, draw_dropped, moved, same, snapshot, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resect
 from resect.errors import AttachError, InputError
-from resect.train.draws import draw_closed, draw_dropped
+from resect.train.draws import draw_closed
 from resect.train.phases import Alternation
 
 pytestmark = pytest.mark.core

@@ -9,14 +9,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from chains import OPTIMIZERS, batches, chain, same, twin
+from chains import OPTIMIZERS, batches, chain, draw_dropped, same, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import resect
 from resect.errors import AttachError, InputError, ProofError
-from resect.train.draws import draw_closed, draw_dropped, draw_subset
+from resect.train.draws import draw_closed, draw_subset
+from resect.train.masks import SampleMasks
 from resect.train.schedules import Progressive, Ramp, StartAt, drop_probs
 
 pytestmark = pytest.mark.core
@@ -144,6 +145,39 @@ def test_draws_have_the_right_frequencies_and_depend_on_seed_and_step_alone():
     kept = torch.tensor([draw_subset(3, 9, 0, step) for step in range(4000)], dtype=torch.float64)
     assert kept.sum(1).unique().tolist() == [3]
     assert torch.allclose(kept.mean(0), torch.full((9,), 1 / 3, dtype=torch.float64), atol=0.03)
+
+
+def test_draws_per_sample_have_the_right_frequencies_and_no_two_are_alike():
+    probs, samples, steps = [0.0, 0.1, 0.5, 0.5, 0.9, 1.0], 64, 400
+    masks = SampleMasks(probs, None)
+    rows = []
+    for step in range(steps):
+        masks.begin(probs, 0, step, scaled=False)
+        rows.append(torch.stack([masks.dropped(place, samples, torch.device("cpu")) for place in range(len(probs))]))
+    drawn = torch.stack(rows).double()  # steps, blocks, samples
+    deviation = (torch.tensor(probs) * (1 - torch.tensor(probs)) / (samples * steps)).sqrt()
+    assert ((drawn.mean((0, 2)) - torch.tensor(probs)).abs() <= 4 * deviation).all()
+    # Neither neighbouring samples, nor blocks, nor steps know of each other.
+    for one, other in (
+        (drawn[:, 2, :-1], drawn[:, 2, 1:]),
+        (drawn[:, 2], drawn[:, 3]),
+        (drawn[:-1, 2], drawn[1:, 2]),
+        (drawn[:, 2, ::2], drawn[:, 2, 1::2]),
+    ):
+        together = ((one - 0.5) * (other - 0.5)).mean() * 4
+        assert abs(together) < 4 / one.numel() ** 0.5
+    assert len({tuple(row) for row in drawn[:, 2].tolist()}) == steps
+
+
+def test_several_ranks_deal_one_draw_out_between_them(monkeypatch):
+    probs = [0.3, 0.7]
+    whole = draw_dropped(probs, 11, 5, 9)
+    for rank, samples in ((0, 4), (1, 4), (2, 3)):
+        monkeypatch.setattr("resect.train.masks.rank_of_ranks", lambda rank=rank: (rank, 3))
+        masks = SampleMasks(probs, None)
+        masks.begin(probs, 5, 9, scaled=False)
+        for place in (0, 1):
+            assert torch.equal(masks.dropped(place, samples, torch.device("cpu")), whole[place, rank::3])
 
 
 def test_schedules():

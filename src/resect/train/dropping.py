@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from resect.blocks.example import device_of
 from resect.blocks.gate import Gates, Which
 from resect.blocks.state import Gate
 from resect.errors import check_all
@@ -101,6 +102,8 @@ class Dropping(Method):
                 stacklevel=4,
             )
         self._parts = Parts(self.model, self.blocks)
+        self._masks = SampleMasks([0.0] * len(self.blocks), device_of(self.model))
+        self._drops = [DropSamples(self._masks, place) for place in range(len(self.blocks))]
         if self.scaling == "paper":
             self._eval_gates = Gates(self.model, self.blocks, holder=self.name, mode="eval")
             undo.callback(self._eval_gates.detach)
@@ -144,15 +147,17 @@ class Dropping(Method):
             else:
                 self._keep(gate, prob)
 
-    def _drop_samples(self, gates: Gates, masks: SampleMasks) -> None:
-        """Drop every branch for the samples that ``masks`` draw; one that all must drop is not computed."""
-        for place, (gate, prob) in enumerate(zip(gates, masks.probs, strict=True)):
+    def _drop_samples(self, gates: Gates, step: int) -> None:
+        """Drop every branch for the samples that ``step`` draws; one that all must drop is not computed."""
+        probs = self._probs(step)
+        self._masks.begin(probs, self.seed, step, scaled=self.scaling == "inverted")
+        for gate, drop, prob in zip(gates, self._drops, probs, strict=True):
             if prob == 0:
                 self._keep(gate, prob)
             elif prob == 1:
                 gate.close()
             else:
-                gate.apply(DropSamples(masks, place, 1.0 / (1.0 - prob) if self.scaling == "inverted" else 1.0))
+                gate.apply(drop)
 
     def _keep(self, gate: Gate, prob: float) -> None:
         if self.scaling == "inverted" and 0 < prob < 1:

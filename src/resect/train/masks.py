@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,35 +12,58 @@ from torch.utils._pytree import tree_leaves
 from resect.blocks.block import Blocks
 from resect.blocks.response import look_on_example
 from resect.errors import AttachError
-from resect.train.draws import draw_dropped
+from resect.train.draws import draw_keys, is_dropped
+from resect.train.ranks import least_over_ranks, rank_of_ranks
 
 Per = Literal["batch", "sample"]
 
 
 class SampleMasks:
-    """Which samples drop which branch in one step: a function of (seed, step, number of samples) alone.
+    """Which samples drop which branch in the current step: a function of (seed, step, number of the sample) alone.
 
+    The numbers of a step are written into the same tensors every time, so that what reads them can be compiled once.
     Plain data, so that a copy of the model keeps the draws of its step.
     """
 
-    def __init__(self, probs: list[float], seed: int, step: int) -> None:
-        self.probs, self.seed, self.step = probs, seed, step
-        self._drawn: dict[tuple[int, torch.device], Tensor] = {}
+    def __init__(self, probs: list[float], device: torch.device | None) -> None:
+        exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        self.probs = probs
+        self.keys = torch.zeros(len(probs), 2, dtype=torch.int64, device=device)
+        self.scales = torch.ones(len(probs), dtype=exact, device=device)
+        self.rank, self.ranks = rank_of_ranks()
+        self._seen: set[int] = set()
+
+    def begin(self, probs: list[float], seed: int, step: int, *, scaled: bool) -> None:
+        """Draw for a step. ``scaled``: kept branches are multiplied by 1/(1 − p)."""
+        self.probs = probs
+        self.keys.copy_(draw_keys(probs, seed, step), non_blocking=True)
+        scales = [1.0 / (1.0 - prob) if scaled and prob < 1 else 1.0 for prob in probs]
+        self.scales.copy_(torch.tensor(scales, dtype=torch.float64), non_blocking=True)
+        self._seen.clear()
 
     def dropped(self, place: int, samples: int, device: torch.device) -> Tensor:
-        """Return for one block which samples drop it, bool (samples,); one copy to the device per step."""
-        key = (samples, device)
-        if key not in self._drawn:
-            self._drawn[key] = draw_dropped(self.probs, samples, self.seed, self.step).to(device, non_blocking=True)
-        return self._drawn[key][place]
+        """Return for one block which samples of this process drop it, bool (samples,).
 
-    def every(self, place: int) -> bool:
-        """Whether all samples seen in this step drop the block."""
-        return all(bool(drawn[place].all()) for drawn in self._drawn.values())
+        Sample i of rank r is sample i·N + r of the batch that N ranks share: as ``DistributedSampler`` deals it out.
+        """
+        self._seen.add(samples)
+        rows = torch.arange(self.rank, samples * self.ranks, self.ranks, device=device)
+        return is_dropped(self.keys[place].to(device), rows)
 
-    def none(self, place: int) -> bool:
-        """Whether no sample seen in this step drops the block."""
-        return not any(bool(drawn[place].any()) for drawn in self._drawn.values())
+    def every(self) -> list[bool]:
+        """Return per block whether all samples seen in this step, on any rank, drop it; all ranks must call this."""
+        return self._all(lambda dropped: dropped.all())
+
+    def none(self) -> list[bool]:
+        """Return per block whether no sample seen in this step, on any rank, drops it; all ranks must call this."""
+        return self._all(lambda dropped: ~dropped.any())
+
+    def _all(self, holds: Callable[[Tensor], Tensor]) -> list[bool]:
+        found = torch.ones(len(self.probs), dtype=torch.uint8, device=self.keys.device)
+        for place in range(len(self.probs)):
+            for samples in tuple(self._seen):
+                found[place] &= holds(self.dropped(place, samples, self.keys.device))
+        return [bool(value) for value in least_over_ranks(found).tolist()]
 
 
 def over_samples(mask: Tensor, value: Tensor) -> Tensor:
@@ -48,15 +72,15 @@ def over_samples(mask: Tensor, value: Tensor) -> Tensor:
 
 
 class DropSamples:
-    """The gate function of drop path: 0 for dropped samples, ``scale`` times the branch for the others."""
+    """The gate function of drop path: 0 for dropped samples, the step's scale times the branch for the others."""
 
-    def __init__(self, masks: SampleMasks, place: int, scale: float) -> None:
-        self.masks, self.place, self.scale = masks, place, scale
+    def __init__(self, masks: SampleMasks, place: int) -> None:
+        self.masks, self.place = masks, place
 
     def __call__(self, branch: Tensor) -> Tensor:
         """Return the branch end (samples, …) with dropped samples at 0."""
         dropped = self.masks.dropped(self.place, len(branch), branch.device)
-        factor = torch.where(dropped, 0.0, self.scale).to(branch.dtype)
+        factor = torch.where(dropped, 0.0, self.masks.scales[self.place].to(branch.device, branch.dtype))
         return branch * over_samples(factor, branch)
 
 

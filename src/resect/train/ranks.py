@@ -11,6 +11,13 @@ def several_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def rank_of_ranks() -> tuple[int, int]:
+    """Return this process's rank and how many there are."""
+    if not several_ranks():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Replace ``value`` by its mean over all processes, in place; every process must call this."""
     if several_ranks():

@@ -21,7 +21,7 @@ from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
 from resect.train.freeze import Freeze, Norms, Stillness, check_modes
 from resect.train.hooks import Hook
-from resect.train.masks import Per, SampleMasks, check_batch_first
+from resect.train.masks import Per, check_batch_first
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind
 from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
@@ -153,7 +153,6 @@ class ResidualDroppath(Dropping):
         self._compare = Consistency(model)
         self._looping, self._cut = False, False
         self._freeze: Freeze | None = None
-        self._masks: SampleMasks | None = None
         self._split: SampleFreeze | None = None
         self._rates: list[tuple[dict[str, Any], Any]] = []
 
@@ -218,12 +217,11 @@ class ResidualDroppath(Dropping):
         if kind != "plain" and not self._can_learn(kind, dropped):
             kind, self.plain_steps = "plain", self.plain_steps + 1
         self.kind = kind
-        self._masks = SampleMasks(self._probs(draw_step), self.seed, draw_step) if self.per == "sample" else None
         self._compare.start(teaching={"drop": True, "dropped-only": False}.get(kind))
         if kind == "drop":
             self._begin_drop(self._gates, dropped, draw_step)
         elif kind == "dropped-only":
-            self._begin_dropped_only(self._gates, dropped, training)
+            self._begin_dropped_only(self._gates, dropped, training, draw_step)
         else:
             self._close(self._gates, [False] * len(dropped), None)
         self._scale_eval()
@@ -240,13 +238,13 @@ class ResidualDroppath(Dropping):
         return bool(groups) and (kind == "drop" or any(p.requires_grad for group in groups for p in group))
 
     def _begin_drop(self, gates: Gates, dropped: list[bool], step: int) -> None:
-        if self._masks is not None:
-            self._drop_samples(gates, self._masks)
+        if self.per == "sample":
+            self._drop_samples(gates, step)
             return
         self._close(gates, dropped, step)
         self._freeze = self._parts.freeze(dropped, rest=False, stillness=self.stillness)
 
-    def _begin_dropped_only(self, gates: Gates, dropped: list[bool], training: list[bool]) -> None:
+    def _begin_dropped_only(self, gates: Gates, dropped: list[bool], training: list[bool], step: int) -> None:
         still = [trains and not is_dropped for trains, is_dropped in zip(training, dropped, strict=True)]
         self._close(gates, still if self.forward == "dropped" else [False] * len(still), None)
         if self.update == "all":
@@ -255,10 +253,11 @@ class ResidualDroppath(Dropping):
             for gate, is_still in zip(gates, still, strict=True):
                 if is_still and not gate.is_closed:
                     gate.apply(torch.Tensor.detach)
-        if self._masks is not None and self._split is not None:
+        if self._split is not None:
+            self._masks.begin(self._probs(step), self.seed, step, scaled=False)
             self._split.masks = self._masks
         # Samples that dropped a block and samples that did not share its batch: then no statistics move at all.
-        holders = () if self._masks is None else self.model.modules()
+        holders = () if self._split is None else self.model.modules()
         self._freeze = self._parts.freeze(
             still, rest=self.rest == "frozen", stillness=self.stillness, norms=self.norms, holders=holders
         )
@@ -268,10 +267,9 @@ class ResidualDroppath(Dropping):
         check_modes(self._gates, self._training, self.name)
         if self._freeze is not None:
             self._freeze.check()
-        if self._masks is not None and (self.kind == "drop" or self._freeze is not None):
-            untouched = self._masks.every if self.kind == "drop" else self._masks.none
-            still = [place for place in range(len(self.blocks)) if untouched(place)]
-            self._parts.leave_out(still, self.stillness)
+        if self._split is not None and (self.kind == "drop" or self._freeze is not None):
+            untouched = self._masks.every() if self.kind == "drop" else self._masks.none()
+            self._parts.leave_out([place for place, is_still in enumerate(untouched) if is_still], self.stillness)
         self._release()
         if self.kind == "dropped-only" and self.lr_scale != 1:
             for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from resect.blocks.gate import Gates, Which
 from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
-from resect.train.masks import Per, SampleMasks, check_batch_first
+from resect.train.masks import Per, check_batch_first
 from resect.train.problems import check_ends, choice_problems, number_problems
 from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
 
@@ -89,4 +89,4 @@ class StochasticDepth(Dropping):
         if self.per == "batch":
             self._close(gates, draw_closed(self._probs(step), self.seed, step), step)
         else:
-            self._drop_samples(gates, SampleMasks(self._probs(step), self.seed, step))
+            self._drop_samples(gates, step)
