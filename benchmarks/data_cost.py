@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from timing import quartiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -98,11 +99,6 @@ def clock(work: Callable[[], object]) -> tuple[float, float]:
     wall, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
 
 
 def main() -> None:

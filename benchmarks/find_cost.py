@@ -20,11 +20,10 @@ import argparse
 import gc
 import json
 import statistics
-import time
-from collections.abc import Callable
 
 import timm
 import torch
+from timing import clock, holds, quartiles, shown
 from torch import Tensor, nn
 
 import resect
@@ -46,33 +45,6 @@ def nets() -> dict[str, tuple[nn.Module, Tensor]]:
             torch.randn(2, 3, 32, 32),
         ),
     }
-
-
-def clock(work: Callable[[], object], best_of: int = 1) -> float:
-    """Seconds of this process's processor time, the least of some tries."""
-    took = []
-    for _ in range(best_of):
-        start = time.process_time()
-        work()
-        took.append(time.process_time() - start)
-    return min(took)
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4)
-
-
-def holds(values: list[float], limit: float, at_least: bool = False) -> bool:
-    """Whether the median keeps the limit, and the spread stays within half the margin."""
-    low, middle, high = quartiles(values)
-    margin = middle - limit if at_least else limit - middle
-    return margin >= 0 and high - low <= margin / 2
-
-
-def shown(name: str, values: list[float], unit: str, good: bool) -> list[float]:
-    low, middle, high = quartiles(values)
-    print(f"{name}: {middle:.3g} {unit} ({low:.3g} … {high:.3g}){'' if good else '   NOT KEPT'}", flush=True)
-    return [round(value, 4) for value in (low, middle, high)]
 
 
 @torch.no_grad()

@@ -1,0 +1,68 @@
+"""How the benchmarks time: sides in turns, medians and quartiles, and when a claim counts as kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Work = Callable[[], object]
+
+
+def clock(work: Work, best_of: int = 1) -> float:
+    """Seconds of this process's processor time, the least of some tries."""
+    took = []
+    for _ in range(best_of):
+        start = time.process_time()
+        work()
+        took.append(time.process_time() - start)
+    return min(took)
+
+
+def wall(work: Work) -> float:
+    """Seconds on the clock until the work is done, on an accelerator too."""
+    if torch.cuda.is_available():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def in_turns(sides: Mapping[str, Work], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every side in every round; the side that begins changes, so that a slow moment meets all alike."""
+    names = list(sides)
+    for _ in range(warm_up):
+        for name in names:
+            sides[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(wall(sides[name]))
+    return times
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The three quartiles."""
+    return statistics.quantiles(values, n=4)
+
+
+def holds(values: list[float], limit: float, at_least: bool = False) -> bool:
+    """Whether the median keeps the limit, and the spread stays within half the margin."""
+    low, middle, high = quartiles(values)
+    margin = middle - limit if at_least else limit - middle
+    return margin >= 0 and high - low <= margin / 2
+
+
+def shown(name: str, values: list[float], unit: str, good: bool) -> list[float]:
+    """Print the quartiles and return them, rounded."""
+    low, middle, high = quartiles(values)
+    print(f"{name}: {middle:.3g} {unit} ({low:.3g} … {high:.3g}){'' if good else '   NOT KEPT'}", flush=True)
+    return [round(value, 4) for value in (low, middle, high)]
