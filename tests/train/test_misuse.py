@@ -53,19 +53,6 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_closure_is_refused(name):
-    net, x, blocks = chain()
-    method = METHODS[name](net, blocks)
-    optimizer = torch.optim.SGD([*net.parameters(), *method.parameters()], lr=0.1)
-    with method:
-        method.begin_step()
-        before = snapshot(net, optimizer)
-        with pytest.raises(AttachError, match=r"optimizer.step\(closure\) computes gradients after"):
-            optimizer.step(lambda: net(x).sum())
-        assert not moved(before, snapshot(net, optimizer))
-
-
 @pytest.mark.parametrize("given", [True, False])
 def test_every_optimizer_of_the_models_weights_is_watched(given):
     net, x, blocks = chain()

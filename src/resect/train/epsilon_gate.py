@@ -134,6 +134,7 @@ class EpsilonGate(Method):
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         take_over(self.model, self.own_drop, self.name, undo)
+        self.count.to(device_of(self.model))
         start = self.schedule(0)
         if start and self.muted_at_start == "raise" and not self.steps and self.blocks.example:
             found = look_on_example(self.model, self.blocks, self.blocks.example, relative=self.units == "stream")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.state import Mode
 from resect.errors import AttachError, BlocksError, InputError
 from resect.train.changed import Wiring
+from resect.train.closure import Closure
 
 Batch = TypeVar("Batch")
 
@@ -37,11 +40,18 @@ class Method:
         self.blocks: Blocks = resolve(model, blocks)
         if not self.blocks:
             raise BlocksError(f"{self.name} needs at least one residual block, and the selection is empty.")
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise InputError(
+                f"{self.name}(optimizer=…) takes one torch optimizer, bare or wrapped by accelerate or Lightning, not "
+                f"a {type(optimizer).__name__}. Leave it out: every optimizer of the model's weights is watched."
+            )
         self.optimizer = optimizer
         self.steps = 0
         self._begun = False
         self._stepped: set[int] = set()
         self._optimised: set[int] = set()
+        self._closure: Closure | None = None
+        self._stepping: FrameType | None = None  # in which an optimizer steps now
         self._gates: Gates | None = None
         self._undo = ExitStack()
 
@@ -82,7 +92,7 @@ class Method:
 
     def detach(self) -> None:
         """Stop acting on the model, and leave it without a trace. Harmless when not attached."""
-        self._gates = None
+        self._gates = self._stepping = None
         self._undo.close()
 
     def __enter__(self) -> Self:
@@ -117,6 +127,26 @@ class Method:
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return what the method adds to the loss: 0 unless it says otherwise. ``target``: the batch's labels."""
         return 0.0
+
+    def wrap(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``loss_fn(output, target, ...)`` plus ``extra_loss(target)``, for loops that call the loss themselves.
+
+        While the model is in eval mode it is ``loss_fn`` alone. Called with ``num_items_in_batch=N`` (transformers'
+        Trainer: the targets of all micro-batches of the step, -100 not counted), the extra loss, a mean over this
+        micro-batch, gets its share of N.
+
+        >>> trainer = transformers.Trainer(model, arguments, compute_loss_func=method.wrap(loss_fn), ...)
+        """
+
+        @functools.wraps(loss_fn)
+        def loss(output: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+            value, total = loss_fn(output, target, *args, **kwargs), kwargs.get("num_items_in_batch")
+            if not self.model.training:
+                return value
+            extra = self.extra_loss(target)
+            return value + (extra if total is None else extra * (target.ne(-100).sum() / total))
+
+        return loss
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the method itself brings: none unless it says otherwise."""
@@ -183,31 +213,43 @@ class Method:
                 "optimizer has them. Make the optimizer of [*model.parameters(), *method.parameters()]."
             )
 
-    def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._concerns(optimizer):
-            return
-        if kwargs.get("closure") is not None or any(argument is not None for argument in args[1:]):
-            raise AttachError(
-                f"optimizer.step(closure) computes gradients after {self.name} had to look at them. Call backward() "
-                "first, then optimizer.step() without a closure."
-            )
+    def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame = sys._getframe(1)
+        if not self._concerns(optimizer) or _inside(frame, self._stepping):
+            return None
         # Several optimizers may share the model's weights: each steps once per begin_step().
         if not self._begun or id(optimizer) in self._stepped:
             raise AttachError(
                 f"Two optimizer steps without {self.name}.begin_step() between them. "
                 "Call method.begin_step() once per optimizer step, before the forward pass."
             )
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        look = functools.partial(self._before_optimizer_step, optimizer)
+        self._closure = None if closure is None else Closure(closure, optimizer, look, self.name)
+        self._stepping = frame
         self._stepped.add(id(optimizer))
         self._optimised |= _held(optimizer)
-        self._before_optimizer_step(optimizer)
+        if self._closure is None:
+            return look()
+        return (args[0],), {**kwargs, "closure": self._closure}
 
     def _post_hook(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._concerns(optimizer):
+        if sys._getframe(1) is self._stepping:
+            self._stepping = None
+            if self._closure is not None:
+                self._closure.check_called()
             self._after_optimizer_step(optimizer)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _inside(frame: FrameType | None, outer: FrameType | None) -> bool:
+    """Whether an optimizer steps within another's step: a subclass calls its parent's, a wrapper what it wraps."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_recomputing() -> bool:

@@ -33,6 +33,11 @@ class MutedCount:
         self._muted = torch.zeros(blocks, dtype=torch.bool, device=device)
         self._seen = torch.zeros(blocks, dtype=torch.bool, device=device)
 
+    def to(self, device: torch.device | None) -> None:
+        """Move the counts: a trainer may have moved the model since."""
+        for name in (*_FIELDS, "_muted", "_seen"):
+            setattr(self, name, getattr(self, name).to(device))
+
     def note(self, place: int, muted: Tensor, response: Tensor) -> None:
         """Take down what the gate of one block decided on one training batch."""
         response = response.to(self.largest.dtype)

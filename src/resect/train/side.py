@@ -74,6 +74,7 @@ class SideSupervision:
 
     def attach(self, undo: ExitStack) -> None:
         """Watch the stream until ``undo``."""
+        self.head.to(device_of(self.owner))  # a trainer may have moved the model since the head was made
         undo.callback(self.owner.register_forward_hook(Hook(self._hook)).remove)
         undo.callback(self._forget)
         for parameter in self.head.parameters():
@@ -92,7 +93,10 @@ class SideSupervision:
         if not isinstance(target, Tensor):
             raise InputError("Side supervision needs the labels of the batch: write method.extra_loss(y).")
         if self._stream is None:
-            raise InputError("extra_loss(y) comes after the forward pass in train mode: call model(x) first.")
+            raise InputError(
+                "extra_loss(y) comes after the forward pass in train mode: call model(x) first. (Under reentrant "
+                "gradient checkpointing the stream has no graph: take use_reentrant=False.)"
+            )
         stream, self._stream = self._stream, None
         return F.cross_entropy(self.head(stream), target.to(stream.device))
 
