@@ -99,7 +99,7 @@ class Dropping(Method):
             warnings.warn(
                 f"{self.name} on {len(self.blocks)} residual blocks: below {FEW_BLOCKS}, dropping branches tends to "
                 "hurt more than it helps.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._parts = Parts(self.model, self.blocks)
         self._masks = SampleMasks([0.0] * len(self.blocks), device_of(self.model))

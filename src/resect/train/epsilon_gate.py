@@ -116,7 +116,7 @@ class EpsilonGate(Method):
         self.schedule, self.units = as_schedule(epsilon), units
         self.skip_muted_after, self.recheck_every, self.settle_after = skip_muted_after, recheck_every, settle_after
         self.muted_at_start, self.own_drop = muted_at_start, own_drop
-        self.side = float(side)
+        self.side, self.side_at, self.seed = float(side), side_at, seed
         self._side = SideSupervision(model, self.blocks, side_at, seed) if side else None
         self.count = MutedCount(len(self.blocks), device_of(model))
         self._rechecking = False
@@ -248,7 +248,8 @@ class EpsilonGate(Method):
         """Return the largest response of every block on data, in eval mode and gated, none closed."""
         with ExitStack() as undo:
             if not self.attached:
-                undo.enter_context(self)
+                self._attach()  # on this process alone: no other one need test
+                undo.callback(self.detach)
             assert self._gates is not None
             undo.enter_context(kept_modes(self.model))
             undo.callback(self._skip, self._gates)

@@ -51,6 +51,10 @@ class Freeze:
         for module in self.evaluating:
             module.training = False
 
+    def __str__(self) -> str:
+        """Say what stands still; "" where no weight does."""
+        return f"{len(self.parameters)} parameters" if self.parameters else ""
+
     def check(self) -> None:
         """Raise ``AttachError`` if a norm that was put in eval mode has been put back by someone else."""
         if any(module.training for module in self.evaluating):

@@ -18,8 +18,10 @@ from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.state import Mode
 from resect.errors import AttachError, BlocksError, InputError
+from resect.train.agree import compare, together, watch_wrapper
 from resect.train.changed import Wiring
 from resect.train.closure import Closure
+from resect.train.freeze import Freeze
 
 Batch = TypeVar("Batch")
 
@@ -53,6 +55,8 @@ class Method:
         self._closure: Closure | None = None
         self._stepping: FrameType | None = None  # in which an optimizer steps now
         self._gates: Gates | None = None
+        self._freeze: Freeze | None = None
+        self._compared = True
         self._undo = ExitStack()
 
     @property
@@ -75,9 +79,22 @@ class Method:
         return len(self.blocks) if self._gates is None else self._open
 
     def attach(self) -> Self:
-        """Start acting on the model. A failure leaves the model as it was."""
+        """Start acting on the model. A failure leaves the model as it was.
+
+        Where several processes train together, all of them must call this: they compare what they attach.
+        """
         if self.attached:
             raise AttachError(f"This {self.name} is attached already. Call detach() first.")
+        try:
+            with together(self):
+                self._attach()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def _attach(self) -> None:
+        """Start acting on the model, on this process alone."""
         with ExitStack() as undo:
             gates = Gates(self.model, self.blocks, holder=self.name, exclusive=True, mode=self.gate_mode)
             undo.callback(gates.detach)
@@ -86,9 +103,10 @@ class Method:
             self._stepped.clear()
             self._arm(gates, undo)
             self._watch_optimizers(undo)
+            watch_wrapper(self, undo)
             self._undo = undo.pop_all()
         self._gates, self._open = gates, len(gates)
-        return self
+        self._compared = True
 
     def detach(self) -> None:
         """Stop acting on the model, and leave it without a trace. Harmless when not attached."""
@@ -113,6 +131,9 @@ class Method:
                 f"{self.name}.begin_step() was called while not attached. Write `with method:` around the loop."
             )
         self._wiring.check(self.name)
+        if not self._compared:  # a state was loaded: a step off on one process, and draws differ
+            compare(self)
+        self._compared = True
         self._on_step()
         assert self._gates is not None
         self._open = sum(not (gate.is_closed and gate.acts) for gate in self._gates)
@@ -164,6 +185,7 @@ class Method:
         """Take up the state that ``state_dict`` returned."""
         self._check_state(state)
         self.steps = int(state["steps"])
+        self._compared = False
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """Raise ``InputError`` before anything is loaded, if this is another method's state, or of other options."""

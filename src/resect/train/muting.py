@@ -92,5 +92,5 @@ def check_start(responses: Mapping[str, float], epsilon: float) -> None:
         warnings.warn(
             f"{len(muted)} of {len(responses)} branches start just below epsilon = {epsilon:g} on the example "
             f"(max|f| from {min(muted.values()):.3g}); whether a batch opens them is a matter of chance.",
-            stacklevel=5,
+            stacklevel=6,
         )

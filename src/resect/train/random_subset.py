@@ -15,7 +15,7 @@ from resect.blocks.gate import Gates, Which
 from resect.errors import check_all
 from resect.train.draws import draw_subset
 from resect.train.effective_paths import keep_problems
-from resect.train.freeze import Freeze, Parts, check_modes
+from resect.train.freeze import Parts, check_modes
 from resect.train.hooks import Hook
 from resect.train.method import Method
 
@@ -46,7 +46,6 @@ class RandomSubset(Method):
         super().__init__(model, blocks, optimizer)
         check_all(keep_problems(keep, len(self.blocks)), self.name)
         self.keep, self.seed = keep, seed
-        self._freeze: Freeze | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return ``learning_blocks``: how many blocks learn in a step."""

@@ -19,7 +19,7 @@ from resect.errors import AttachError
 from resect.train.consistency import Consistency
 from resect.train.draws import draw_closed
 from resect.train.dropping import Dropping, OwnDrop, Scaling
-from resect.train.freeze import Freeze, Norms, Stillness, check_modes
+from resect.train.freeze import Norms, Stillness, check_modes
 from resect.train.hooks import Hook
 from resect.train.masks import Per, check_batch_first
 from resect.train.method import Batch
@@ -152,7 +152,6 @@ class ResidualDroppath(Dropping):
         self.plain_steps = 0
         self._compare = Consistency(model)
         self._looping, self._cut = False, False
-        self._freeze: Freeze | None = None
         self._split: SampleFreeze | None = None
         self._rates: list[tuple[dict[str, Any], Any]] = []
 
