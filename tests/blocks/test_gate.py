@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import Net
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import resect
@@ -160,3 +161,53 @@ def test_compiled_whole_without_a_graph_break(found):
             expected = net(x)
             torch._dynamo.reset()
             assert torch.allclose(torch.compile(net, backend="eager", fullgraph=True)(x), expected)
+
+
+class WrittenLater(nn.Module):
+    """In train mode alone the sum is written, while the shortcut is needed once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.f = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x + self.f(x)
+        return nn.functional.dropout(y, 0.5, self.training, inplace=True) + x
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.copies += func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_closed_block_that_trains_copies_nothing_unless_its_sum_is_written():
+    net, x = Net((False, True, False)), torch.randn(2, 5)
+    blocks = resect.find_blocks(net.eval(), x)
+    net.train()
+    with resect.closed(net, blocks), Counter() as counter:
+        net(x).sum().backward()
+    assert counter.copies == 0
+
+    net, x = WrittenLater(), torch.randn(2, 5)
+    blocks = resect.find_blocks(net.eval(), x)
+    torch.manual_seed(0)
+    with resect.closed(net.train(), blocks):
+        output = net(x)
+    torch.manual_seed(0)
+    h = net.stem(x)
+    expected = nn.functional.dropout(h, 0.5) + h
+    assert torch.equal(output, expected)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            torch.autograd.grad(output.sum(), net.stem.parameters()),
+            torch.autograd.grad(expected.sum(), net.stem.parameters()),
+            strict=True,
+        )
+    )

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -72,9 +72,10 @@ class Absent(InFlight):
         """Return the shortcut as the sum: a copy where the sum is written later, or lies closer in memory."""
         if not isinstance(shortcut, Tensor):
             return shortcut
+        if _has_gaps(shortcut):
+            return shortcut.clone()
         # In train mode the sum may be written where the trace, in eval mode, saw no write (in-place dropout).
-        written = self.block.clone or self.training
-        return shortcut.clone() if written or _has_gaps(shortcut) else shortcut
+        return copied(shortcut) if self.block.clone or self.training else shortcut
 
     def _after(self, func: Any, args: Any, kwargs: Any, additions: int = 0) -> Absent:
         return Absent(self.pending - additions, self.block, self.training, (func, args, kwargs))
@@ -242,6 +243,19 @@ class _OnMeta(TorchFunctionMode):
         if name == "view" and len(args) > 1 and not isinstance(args[1], torch.dtype):
             func = Tensor.reshape  # another kernel than the real one may have left other strides
         return func(*args, **kwargs)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor: one whose data is copied when either is first written, where torch offers that.
+
+    Most sums are never written, and then a closed block moves no data at all.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not plain or transformed or tensor.device.type not in ("cpu", "cuda"):
+        return tensor.clone()
+    lazily: Tensor = torch._lazy_clone(tensor)
+    return lazily
 
 
 def _has_gaps(tensor: Tensor) -> bool:
