@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.blocks.block import ResidualBlock
-from resect.blocks.inflight import DIFFERENCES, AbsentError, InFlight
+from resect.blocks.inflight import DIFFERENCES, AbsentError, InFlight, in_flight
 from resect.blocks.making import makes
 
 _JOINED = frozenset({"cat", "concat", "concatenate"})
@@ -83,7 +83,7 @@ class Absent(InFlight):
     def pass_through(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Nothing is computed from a value that was not computed."""
         name = getattr(func, "__name__", str(func))
-        absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Absent)]
+        absents = [value for value in in_flight(args, kwargs) if isinstance(value, Absent)]
         nearest = min(absents, key=lambda absent: absent.pending)
         if args and (name == "__setitem__" or _writes(name)):
             if isinstance(args[0], Tensor):

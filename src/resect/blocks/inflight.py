@@ -37,7 +37,7 @@ class InFlight:
     ) -> Any:
         """Intercept every torch operation that meets this value."""
         kwargs = dict(kwargs or {})
-        values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, InFlight)]
+        values = in_flight(args, kwargs)
         if any(value.result is not None for value in values):
             args, kwargs = tree_map_only(InFlight, settled, (args, kwargs))
             return func(*args, **kwargs)
@@ -67,6 +67,14 @@ class InFlight:
 
     def __getitem__(self, key: Any) -> Any:
         return type(self).__torch_function__(operator.getitem, (), (self, key))
+
+
+def in_flight(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that are on their way to an addition, also out of lists and dicts."""
+    given = (*args, *kwargs.values())
+    if any(isinstance(value, (tuple, list, dict)) for value in given):  # walking a tree takes ten times as long
+        given = tuple(tree_leaves(given))
+    return [value for value in given if isinstance(value, InFlight)]
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -223,8 +223,8 @@ class Method:
         undo.callback(register_optimizer_step_post_hook(self._post_hook).remove)
 
     def _concerns(self, optimizer: Optimizer) -> bool:
-        mine = {id(parameter) for source in (self.model, self) for parameter in source.parameters()}
-        return not mine.isdisjoint(_held(optimizer))
+        held = _held(optimizer)
+        return any(id(parameter) in held for source in (self.model, self) for parameter in source.parameters())
 
     def _check_optimised(self) -> None:
         """Raise ``AttachError`` if no optimizer that has stepped, or was given, holds the method's own parameters."""
