@@ -12,9 +12,7 @@ import resect
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:.*dropping branches tends to hurt")]
 
 BLOCKS, WIDTH, BATCH = 6, 8, 4
-MATMUL = (
-    2 * BATCH * WIDTH * WIDTH
-)  # of one linear layer forward; its input's and its weights' gradient take as much each
+MATMUL = 2 * BATCH * WIDTH * WIDTH  # of one linear layer forward; each of its two gradients takes as much
 
 
 class Layer(nn.Module):
