@@ -1,4 +1,4 @@
-"""Save a cut transformers model so that its own class loads it, with no code of ours."""
+"""Save a cut transformers model so that its own class loads it; train with a method in its Trainer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from resect.blocks.gate import check_detached
 from resect.blocks.trace import quiet
 from resect.errors import InputError, ProofError, quoted
 from resect.files import whole_folder
+from resect.integrations.trainer import callback as callback
 from resect.shrink.compact import gone_from
 from resect.shrink.structure import unequal, values
 
