@@ -30,7 +30,11 @@ class Layer(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.layers, self.head = nn.Linear(3, 6), nn.Sequential(*[Layer() for _ in range(7)]), nn.Linear(6, 3)
+        self.stem, self.layers, self.head = (
+            nn.Linear(3, 6),
+            nn.Sequential(*[Layer() for _ in range(7)]),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(self.stem(x)))
@@ -46,8 +50,7 @@ METHODS = {
 
 
 def data() -> torch.utils.data.TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    count = STEPS * MICRO * SIZE
+    generator, count = torch.Generator().manual_seed(1), STEPS * MICRO * SIZE
     return torch.utils.data.TensorDataset(
         torch.randn(count, 3, generator=generator), torch.randint(0, 3, (count,), generator=generator)
     )
@@ -91,6 +94,37 @@ def plain(name: str, folder: Path, resume: bool, clip: float | None = None) -> A
     return net, method
 
 
+def timm(name: str, folder: Path, resume: bool) -> Any:
+    """As timm's train.py: its scaler, its averaged model, its saver."""
+    from timm.models import resume_checkpoint
+    from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+
+    net, method, optimizer = made(name)
+    ema, scaler = ModelEmaV3(net, decay=0.9), NativeScaler(device="cpu")
+    folder.mkdir(exist_ok=True)
+    saver = CheckpointSaver(net, optimizer, model_ema=ema, amp_scaler=scaler, checkpoint_dir=str(folder))
+    first, updates = 0, 0
+    with method:
+        if resume:
+            first = resume_checkpoint(net, str(folder / "checkpoint-0.pth.tar"), optimizer, scaler, log_info=False)
+            method.load_state_dict(torch.load(folder / "method-0.pt", weights_only=True))
+        for epoch in range(first, EPOCHS):
+            for number, (x, y) in enumerate(loader()):
+                need_update = number % MICRO == MICRO - 1
+                if number % MICRO == 0:
+                    method.begin_step()
+                loss = (F.cross_entropy(net(x), y) + method.extra_loss(y)) / MICRO
+                scaler(loss, optimizer, parameters=net.parameters(), need_update=need_update)
+                if need_update:
+                    optimizer.zero_grad()
+                    updates += 1
+                    ema.update(net, step=updates)
+            if not resume:
+                torch.save(method.state_dict(), folder / f"method-{epoch}.pt")
+                saver.save_checkpoint(epoch)
+    return net, method
+
+
 def accelerate(name: str, folder: Path, resume: bool) -> Any:
     from accelerate import Accelerator
 
@@ -130,52 +164,66 @@ def summed(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tenso
     return F.cross_entropy(output["logits"], labels, reduction="sum") / num_items_in_batch
 
 
-def transformers(name: str, folder: Path, resume: bool, **options: Any) -> Any:
+def trainer(net: Net, method: Any, optimizer: Any, folder: Path, **options: Any) -> Any:
     import transformers as hf
 
+    ours = [resect.integrations.transformers.callback(method)] if method else []
+    defaults = {
+        "per_device_train_batch_size": SIZE, "gradient_accumulation_steps": MICRO, "max_grad_norm": 0.0,
+        "num_train_epochs": EPOCHS, "save_steps": 5, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    rows = [{"x": x, "labels": y} for x, y in data()]
+    return hf.Trainer(
+        ForTrainer(net), hf.TrainingArguments(output_dir=str(folder), **defaults | options), train_dataset=rows,
+        eval_dataset=rows, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+        compute_loss_func=method.wrap(summed) if method else summed, callbacks=ours,
+    )  # fmt: skip
+
+
+def transformers(name: str, folder: Path, resume: int, **options: Any) -> Any:
+    """``resume``: the step whose checkpoint to go on from."""
     net, method, optimizer = made(name)
-    arguments = hf.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=SIZE, gradient_accumulation_steps=MICRO, max_grad_norm=0.0,
-        num_train_epochs=EPOCHS, save_steps=5, report_to="none", use_cpu=True, disable_tqdm=True,
-        train_sampling_strategy="sequential", **options,
-    )  # fmt: skip
-    trainer = hf.Trainer(
-        ForTrainer(net), arguments, train_dataset=[{"x": x, "labels": y} for x, y in data()],
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
-        compute_loss_func=method.wrap(summed), callbacks=[resect.integrations.transformers.callback(method)],
-    )  # fmt: skip
+    step = 5 if resume is True else resume
     with method:
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
+        trainer(net, method, optimizer, folder, **options).train(str(folder / f"checkpoint-{step}") if resume else None)
     return net, method
 
 
-def lightning(name: str, folder: Path, resume: bool, package: str = "lightning.pytorch", **options: Any) -> Any:
+def module(package: str, net: Net, method: Any, optimizer: Any, **hooks: Any) -> Any:
     import importlib
 
     pl = importlib.import_module(package)
+
+    def training_step(self: Any, batch: Any, number: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + (method.extra_loss(batch[1]) if method else 0.0)
+
+    parts = {"training_step": training_step, "configure_optimizers": lambda self: optimizer, **hooks}
+    made = type("Module", (pl.LightningModule,), parts)()
+    made.net = net
+    return made
+
+
+def fitter(package: str, method: Any, folder: Path, **options: Any) -> Any:
+    import importlib
+
+    pl, parts = importlib.import_module(package), importlib.import_module(f"{package}.callbacks")
+    checkpoints = parts.ModelCheckpoint(folder, filename="{step}", every_n_epochs=1, save_top_k=-1)
+    ours = [resect.integrations.lightning.callback(method)] if method else []
+    defaults = {
+        "max_epochs": EPOCHS, "accumulate_grad_batches": MICRO, "accelerator": "cpu", "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
+    }  # fmt: skip
+    return pl.Trainer(callbacks=[checkpoints, *ours], **defaults | options)
+
+
+def lightning(name: str, folder: Path, resume: bool, package: str = "lightning.pytorch", **options: Any) -> Any:
     net, method, optimizer = made(name)
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
-
-        def training_step(self, batch: Any, number: int) -> Tensor:
-            return F.cross_entropy(self.net(batch[0]), batch[1]) + method.extra_loss(batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return optimizer
-
-    checkpoints = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
-        folder, filename="{step}", every_n_epochs=1, save_top_k=-1
+    checkpoint = folder / "step=5.ckpt" if resume else None
+    fitter(package, method, folder, **options).fit(
+        module(package, net, method, optimizer), loader(), ckpt_path=checkpoint
     )
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS, accumulate_grad_batches=MICRO, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder,
-        callbacks=[checkpoints, resect.integrations.lightning.callback(method)], **options,
-    )  # fmt: skip
-    trainer.fit(Module(), loader(), ckpt_path=folder / "step=5.ckpt" if resume else None)
     return net, method
 
 
-ENGINES = {"plain": plain, "accelerate": accelerate, "transformers": transformers, "lightning": lightning}
+ENGINES = {"plain": plain, "timm": timm, "accelerate": accelerate, "transformers": transformers, "lightning": lightning}
