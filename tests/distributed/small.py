@@ -131,9 +131,10 @@ def weights(net: nn.Module, method: Any = None) -> dict[str, Tensor]:
     return found | {f"own {place}": value.detach() for place, value in enumerate(method.parameters() if method else ())}
 
 
-def check_same(found: list[dict[str, Tensor]], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+def check_same(found: list[dict[str, Tensor]], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     """All processes hold the same weights to the bit, and those of one process up to rounding."""
     for other in found[1:]:
         assert all(torch.equal(other[name], value) for name, value in found[0].items())
     for name, value in expected.items():
-        assert torch.allclose(found[0][name], value, rtol=tolerance, atol=tolerance), name
+        distance = float((found[0][name] - value).abs().max())
+        assert torch.allclose(found[0][name], value, rtol=tolerance, atol=tolerance), f"{name}: {distance}"

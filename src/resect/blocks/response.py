@@ -26,8 +26,20 @@ def largest_response(branch: Tensor) -> Tensor:
 
 def relative_response(branch: Tensor, shortcut: Tensor) -> Tensor:
     """Return ``max|branch|`` in units of the stream: over the root mean square of the shortcut, as a tensor ()."""
-    size = shortcut.detach().float().square().mean().sqrt()
-    return largest_response(branch).float() / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return in_units_of_stream(sizes(branch, shortcut)[None])
+
+
+def sizes(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """Return ``max|branch|``, the sum of the shortcut's squares, and their number: (3,), float32 at least."""
+    largest = largest_response(branch)
+    squares = shortcut.detach().to(largest.dtype).square().sum()
+    return torch.stack([largest, squares, largest.new_tensor(shortcut.numel())])
+
+
+def in_units_of_stream(rows: Tensor) -> Tensor:
+    """Return the relative response of a batch in several parts, each a row of `sizes`: (parts, 3) to ()."""
+    size = (rows[:, 1].sum() / rows[:, 2].sum()).sqrt()
+    return rows[:, 0].max() / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class WatchSum:

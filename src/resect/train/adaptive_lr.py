@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from resect.errors import InputError
-from resect.train.ranks import mean_over_ranks
 
 SCHEDULE = {0: 1.0, 82: 0.1, 123: 0.01, 300: 0.002}
 """CIFAR, from the first epoch: factor on the optimizer's rate (0.1 there) after this many epochs."""
@@ -79,7 +77,7 @@ class AdaptiveLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """End an epoch: look at the count, start anew if it grew, set the rate of the next epoch."""
         if self._made:  # the constructor of the base class takes a step of its own
-            count = float(mean_over_ranks(torch.tensor(self.method.muted_average, dtype=torch.float64)))
+            count = self.method.muted_average  # the same on all processes
             if count - self._count >= self.growth:
                 self.restarts.append(self.last_epoch + 1)
             self._count = count

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resect.blocks.unwrap import unwrap
 from resect.errors import AttachError, quoted
 from resect.train.draws import draw_closed
 from resect.train.hooks import Hook
@@ -83,6 +82,8 @@ def facts(method: Any) -> dict[str, Any]:
             found[name] = ", ".join(f"{float(value(step)):g} at step {step}" for step in ahead)
         elif isinstance(value, (str, bool, int, float, tuple, list, type(None))):
             found[name] = repr(value)
+    if hasattr(method, "muted_steps"):
+        found["muted_steps"] = [f"{block}: {steps}" for block, steps in method.muted_steps().items()]
     return found
 
 
@@ -90,7 +91,7 @@ def watch_wrapper(method: Any, undo: ExitStack) -> None:
     """Raise in the forward pass, until ``undo``, if the model runs in a wrapper that waits for every gradient."""
     if several_ranks():
         hook = Hook(lambda *_: _check_wrapper(method))
-        undo.callback(unwrap(method.model).register_forward_pre_hook(hook).remove)
+        undo.callback(method.model.register_forward_pre_hook(hook).remove)
 
 
 def _check_wrapper(method: Any) -> None:

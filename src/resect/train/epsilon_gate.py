@@ -25,11 +25,12 @@ from resect.train.muted import MutedCount
 from resect.train.muting import Muting, check_start
 from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
-from resect.train.ranks import least_over_ranks
+from resect.train.ranks import several_ranks
 from resect.train.schedules import Schedule, as_schedule
 from resect.train.side import SideSupervision
 
 Units = Literal["absolute", "stream"]
+Sync = Literal["ranks", "none"]
 
 
 class EpsilonGate(Method):
@@ -46,6 +47,8 @@ class EpsilonGate(Method):
         ``resect.schedules.StartAt(2.5, step)`` starts late, which zero-initialised branches need.
     units: ``"absolute"`` (the paper), or ``"stream"``: beyond the paper, ``epsilon`` times the root mean
         square of the shortcut on this batch, so that one value fits nets whose streams differ in size.
+    sync: of several processes: ``"ranks"``: one decision on the batch of all, by a small exchange per block and forward
+        pass in train mode. ``"none"`` (the paper): each for itself; a block counts as muted where it is on all.
     side: weight of the side supervision in ``extra_loss(y)``; the paper's is 0.1, 0 (default) is none. Its head's
         weights are in ``parameters()`` and must be given to an optimizer.
     side_at: the block after whose owner the head sits; None: the published place, the middle block.
@@ -87,6 +90,7 @@ class EpsilonGate(Method):
         *,
         epsilon: float | Schedule = 2.5,
         units: Units = "absolute",
+        sync: Sync = "ranks",
         side: float = 0.0,
         side_at: str | None = None,
         skip_muted_after: int | None = None,
@@ -102,7 +106,7 @@ class EpsilonGate(Method):
             *number_problems("epsilon", epsilon, 0, float("inf")),
             *number_problems("side", side, 0, float("inf")),
             *choice_problems(units=(units, Units), muted_at_start=(muted_at_start, Literal["raise", "allow"])),
-            *choice_problems(own_drop=(own_drop, OwnDrop)),
+            *choice_problems(own_drop=(own_drop, OwnDrop), sync=(sync, Sync)),
             *count_problems(recheck_every=(recheck_every, 0), seed=(seed, 0)),
         ]
         for name, value in (("skip_muted_after", skip_muted_after), ("settle_after", settle_after)):
@@ -113,12 +117,12 @@ class EpsilonGate(Method):
             problems.append("side_at names the place of side supervision: it needs a weight, side=0.1")
         check_all(problems, self.name)
         check_ends(self.blocks, self.name)
-        self.schedule, self.units = as_schedule(epsilon), units
+        self.schedule, self.units, self.sync = as_schedule(epsilon), units, sync
         self.skip_muted_after, self.recheck_every, self.settle_after = skip_muted_after, recheck_every, settle_after
         self.muted_at_start, self.own_drop = muted_at_start, own_drop
         self.side, self.side_at, self.seed = float(side), side_at, seed
-        self._side = SideSupervision(model, self.blocks, side_at, seed) if side else None
-        self.count = MutedCount(len(self.blocks), device_of(model))
+        self._side = SideSupervision(self.model, self.blocks, side_at, seed) if side else None
+        self.count = MutedCount(len(self.blocks), device_of(self.model))
         self._rechecking = False
         self._tested: Tensor | None = None  # largest responses on test data, while finalize() looks
 
@@ -141,7 +145,10 @@ class EpsilonGate(Method):
             check_start(found, start)
         if self._side is not None:
             self._side.attach(undo)
-        self._acts = [Muting(self.note, self.epsilon, place) for place in range(len(gates))]
+        shared = self.sync == "ranks" and several_ranks()
+        self._acts = [
+            Muting(self.note, self.epsilon, place, gate.owner if shared else None) for place, gate in enumerate(gates)
+        ]
         for gate, act in zip(gates, self._acts, strict=True):
             self._set(gate, act)
         self._skip(gates)
@@ -178,9 +185,8 @@ class EpsilonGate(Method):
 
     def _on_step(self) -> None:
         self._check_optimised()
+        self._agree()  # of a step that no optimizer took
         self.count.begin(self._closed())
-        if self.skip_muted_after is not None:
-            least_over_ranks(self.count.run)  # a block is closed on all processes or on none
         epsilon = self.schedule(self.steps)
         check_number("epsilon", epsilon, 0)
         for act in self._acts:
@@ -189,7 +195,12 @@ class EpsilonGate(Method):
         self._rechecking = bool(self.recheck_every and self.steps and self.steps % self.recheck_every == 0)
         self._skip(self._gates)
 
+    def _agree(self) -> None:
+        if self.sync == "none" and several_ranks():  # yet a block is closed on all processes or on none
+            self.count.agree()
+
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._agree()
         if self._side is not None:
             self._side.check()
 
@@ -224,11 +235,7 @@ class EpsilonGate(Method):
         """
         check_number("steps", steps, 1)
         if steps > self.steps:
-            hint = (
-                ""
-                if self.steps
-                else " Call method.begin_step() once per optimizer step: that is how steps are counted."
-            )
+            hint = "" if self.steps else " Call method.begin_step() once per optimizer step: that counts them."
             raise InputError(f"finalize(steps={steps}) asks for more steps than were trained ({self.steps}).{hint}")
         runs, in_run, _ = self.count.now(self._closed())
         gone = [block for block, run in zip(self.blocks, runs.tolist(), strict=True) if run >= steps]

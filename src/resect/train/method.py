@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.state import Mode
+from resect.blocks.unwrap import unwrap
 from resect.errors import AttachError, BlocksError, InputError
 from resect.train.agree import compare, together, watch_wrapper
 from resect.train.changed import Wiring
@@ -38,8 +39,8 @@ class Method:
     """When the method's gates act: while a block's owner trains, while it does not, or always."""
 
     def __init__(self, model: nn.Module, blocks: Which, optimizer: Optimizer | None) -> None:
-        self.model = model
-        self.blocks: Blocks = resolve(model, blocks)
+        self.model = unwrap(model)
+        self.blocks: Blocks = resolve(self.model, blocks)
         if not self.blocks:
             raise BlocksError(f"{self.name} needs at least one residual block, and the selection is empty.")
         if optimizer is not None and not hasattr(optimizer, "param_groups"):

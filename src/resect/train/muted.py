@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resect.errors import InputError
+from resect.train.ranks import gathered
 
 _FIELDS = ("run", "largest", "largest_in_run", "average")
 
@@ -44,6 +45,12 @@ class MutedCount:
         self._muted[place] = muted & (self._muted[place] | ~self._seen[place])
         self.largest[place] = torch.where(self._seen[place], torch.maximum(self.largest[place], response), response)
         self._seen[place] = True
+
+    def agree(self) -> None:
+        """Let a block count as muted where it is on all processes; every process must call this."""
+        rows = gathered(torch.stack([self._muted | ~self._seen, self._seen, self.largest]))
+        self._muted, self._seen = rows[:, 0].all(0), rows[:, 1].any(0)
+        self.largest = rows[:, 2].amax(0)
 
     def begin(self, closed: Tensor) -> None:
         """Begin a step, ending the one under way; ``closed``: bool (blocks,), those kept closed because muted."""

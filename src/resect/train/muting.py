@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resect.blocks.response import largest_response, relative_response
+from resect.blocks.response import in_units_of_stream, largest_response, sizes
 from resect.errors import AttachError
 from resect.train.method import is_recomputing
+from resect.train.ranks import gathered
 
 Note = Callable[[int, Tensor, Tensor], None]
 
@@ -40,21 +41,27 @@ def zero_where(muted: Tensor, branch: Tensor) -> Tensor:
 class Muting:
     """The gate function of one block: a class, so that a model with it can be copied and pickled.
 
-    A copy of the model keeps its gates, but reports to no method: that stays with the original.
+    A copy of the model keeps its gates, but reports to no method and asks no other process: that stays with the
+    original. ``shared``: the block's owner, while whose training all processes decide together.
     """
 
-    def __init__(self, note: Note | None, epsilon: float, place: int) -> None:
-        self.note, self.epsilon, self.place = note, epsilon, place
+    def __init__(self, note: Note | None, epsilon: float, place: int, shared: nn.Module | None = None) -> None:
+        self.note, self.epsilon, self.place, self.shared = note, epsilon, place, shared
 
     def __call__(self, branch: Tensor) -> Tensor:
         """Return the branch end, or zeros, by the size of its largest response."""
-        return self._gate(branch, largest_response(branch)) if self.epsilon or self.note else branch
+        if not self.epsilon and not self.note:
+            return branch
+        return self._gate(branch, self._rows(largest_response(branch)).max())
 
     def join(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return shortcut plus branch, or the shortcut, by the largest response in units of the stream."""
         if not self.epsilon and not self.note:
             return shortcut + branch
-        return shortcut + self._gate(branch, relative_response(branch, shortcut))
+        return shortcut + self._gate(branch, in_units_of_stream(self._rows(sizes(branch, shortcut))))
+
+    def _rows(self, row: Tensor) -> Tensor:
+        return gathered(row) if self.shared is not None and self.shared.training else row[None]
 
     def _gate(self, branch: Tensor, response: Tensor) -> Tensor:
         muted = (response <= self.epsilon) & (self.epsilon > 0)
@@ -65,7 +72,7 @@ class Muting:
         return zero_where(muted, branch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"note": None, "place": self.place, "epsilon": self.epsilon}
+        return {"note": None, "shared": None, "place": self.place, "epsilon": self.epsilon}
 
 
 def check_start(responses: Mapping[str, float], epsilon: float) -> None:

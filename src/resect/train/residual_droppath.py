@@ -150,7 +150,7 @@ class ResidualDroppath(Dropping):
         self.consistency = float(consistency)
         self.kind: Kind = "plain"
         self.plain_steps = 0
-        self._compare = Consistency(model)
+        self._compare = Consistency(self.model)
         self._looping, self._cut = False, False
         self._split: SampleFreeze | None = None
         self._rates: list[tuple[dict[str, Any], Any]] = []
