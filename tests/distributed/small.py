@@ -112,7 +112,8 @@ def train(
             with run.no_sync() if waits else contextlib.nullcontext():
                 ((F.cross_entropy(run(x), y) + method.extra_loss(y)) / micro).backward()
         if clip:
-            nn.utils.clip_grad_norm_([*net.parameters(), *method.parameters()], 2.0)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(method.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

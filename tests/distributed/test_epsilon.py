@@ -63,11 +63,12 @@ def test_counts_plans_rates_and_weights_are_the_same_everywhere(sync, units, sev
 
 
 def test_a_block_counts_as_muted_where_it_is_on_all_processes(two):
-    options = {"sync": "none", "epsilon": 1.1}
-    (counts, decisions, _), (_, other, _) = two(counted, options, 1)
-    both = [a and b for a, b in zip(decisions[0], other[0], strict=True)]
-    assert decisions[0] != other[0]
-    assert list(counts["steps"].values()) == [int(muted) for muted in both]
+    (counts, decisions, _), (_, other, _) = two(counted, {"sync": "none", "epsilon": 1.1}, 4)
+    running = [0] * 7
+    for mine, theirs in zip(decisions, other, strict=True):
+        running = [run + 1 if a and b else 0 for run, a, b in zip(running, mine, theirs, strict=True)]
+    assert decisions != other
+    assert list(counts["steps"].values()) == running
 
 
 def evaluated(sync):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from resect.blocks.units import reshard
 from resect.errors import InputError
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -51,7 +52,10 @@ class Example:
     def run(self, model: nn.Module) -> Any:
         """Call the model on copies of the tensors, on the model's device: what it writes in place stays with it."""
         here = self.to(device_of(model))
-        return model(*here.args, **here.kwargs)
+        output = model(*here.args, **here.kwargs)
+        if not torch.is_grad_enabled():
+            reshard(model)  # no backward pass will, and an optimizer made now would get whole parameters for pieces
+        return output
 
     def to(self, device: torch.device | None) -> Example:
         """Return a copy of the example with its tensors on ``device`` (None: where they are).

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from resect.blocks.block import Blocks, Key, ResidualBlock
 from resect.blocks.install import install, strip
+from resect.blocks.ranks import meeting_place, said_by_all, several_ranks
 from resect.blocks.state import PORT, REMOVED, Gate, Mode
+from resect.blocks.units import is_sharded
 from resect.blocks.unwrap import unwrap
-from resect.errors import AttachError, BlocksError, InputError, check_all
+from resect.errors import AttachError, BlocksError, InputError, check_all, quoted
 
 Which: TypeAlias = "Blocks | Key | Iterable[Key]"
 
@@ -83,6 +86,9 @@ class Gates:
         with ExitStack() as undo:
             for gate in self:
                 install(modules, gate, undo)
+            if holder == "gates" and several_ranks() and is_sharded(model):
+                hook = model.register_forward_pre_hook(Agreement(self._gates), prepend=True)
+                undo.callback(hook.remove)
             self._undo = undo.pop_all()
 
     def __getitem__(self, key: str | int) -> Gate:
@@ -101,6 +107,29 @@ class Gates:
     def __repr__(self) -> str:
         changed = [repr(gate) for gate in self if gate.state != "open"]
         return f"<Gates: {len(self)} blocks, {', '.join(changed) or 'all open'}>"
+
+
+class Agreement:
+    """A hook before the forward pass of a sharded model: raise where processes have closed other blocks.
+
+    The units that they gather would not be the same, and torch would mix the weights of two without a word.
+    """
+
+    def __init__(self, gates: dict[str, Gate]) -> None:
+        self.gates = gates
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        """Compare with the other processes; all of them must run the model with gates attached."""
+        if torch.compiler.is_compiling():
+            return
+        shut = [name for name, gate in self.gates.items() if gate.is_closed]
+        told = [said["closed"] for said in said_by_all({"closed": shut}, meeting_place(model))]
+        for rank, others in enumerate(told):
+            if others != shut:
+                raise AttachError(
+                    f"The processes have closed other blocks of a sharded model: {quoted(shut, 3) or 'none'} here, "
+                    f"{quoted(others, 3) or 'none'} on process {rank}. Close the same blocks on all of them."
+                )
 
 
 def held(model: nn.Module) -> list[Gate]:

@@ -14,6 +14,7 @@ from resect.blocks.block import ResidualBlock
 from resect.blocks.inflight import AbsentError
 from resect.blocks.state import PORT
 from resect.blocks.template import fill, pick
+from resect.blocks.units import copied_units
 
 _HARMLESS = (Tensor, Absent, bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(None), type(...))
 
@@ -29,6 +30,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     for part in module.modules():  # neither gates nor hooks come along
         memo |= {id(value): type(value)() for key, value in part.__dict__.items() if key.endswith("_hooks") and value}
         memo[id(part.__dict__.get(PORT))] = None
+    copied_units(module, memo)
     return copy.deepcopy(module, memo)
 
 

@@ -19,6 +19,7 @@ from resect.blocks.plan import Plan
 from resect.blocks.state import PORT, REMOVED, Gate
 from resect.blocks.trace import quiet
 from resect.blocks.twin import absent_output, meta_copy
+from resect.blocks.units import is_sharded
 from resect.blocks.unwrap import unwrap
 from resect.blocks.upkeep import Upkeep
 from resect.blocks.verify import compare, observe
@@ -99,6 +100,12 @@ def remove(
     if blocks.example is None:
         raise BlocksError("These blocks carry no example to prove the removal on. Use find_blocks(model, example).")
     check_detached(model)
+    if is_sharded(model):
+        raise BlocksError(
+            f"This {type(model).__name__} is sharded by fully_shard (FSDP2): this process holds pieces of it. Load its "
+            "full state dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) into the model freshly "
+            "built, and remove there: the names are the same."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ProofError(
             "The model is on the meta device, so there are no values to prove a removal on. Remove the blocks from the "

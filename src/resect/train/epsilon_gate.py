@@ -17,6 +17,7 @@ from resect.blocks.example import Forward, device_of, forward_batch
 from resect.blocks.gate import Gates, Which, check_number
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
+from resect.blocks.ranks import several_ranks
 from resect.blocks.response import look_on_example
 from resect.blocks.state import Gate
 from resect.errors import InputError, check_all
@@ -25,7 +26,6 @@ from resect.train.muted import MutedCount
 from resect.train.muting import Muting, check_start
 from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
-from resect.train.ranks import several_ranks
 from resect.train.schedules import Schedule, as_schedule
 from resect.train.side import SideSupervision
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.state import Gate
+from resect.blocks.units import is_sharded
 from resect.errors import AttachError
 
 Stillness = Literal["skip", "zero"]
@@ -127,10 +128,17 @@ class Parts:
         self.rest = [parameter for parameter in model.parameters() if id(parameter) not in mine]
         self.rest_modules = [module for module in model.modules() if module not in inside]
         self._known = {id(parameter) for parameter in model.parameters()}
+        self._blocks, self._sharded = blocks, is_sharded(model)
 
     def check(self, model: nn.Module, name: str) -> None:
-        """Raise ``AttachError`` if the model's parameters are other objects than when it was sorted."""
+        """Raise ``AttachError`` if the model's parameters are other objects than when it was sorted.
+
+        Those of a model that has been sharded since are sorted anew.
+        """
         if {id(parameter) for parameter in model.parameters()} != self._known:
+            if is_sharded(model) and not self._sharded:
+                self.__init__(model, self._blocks)  # type: ignore[misc]
+                return
             raise AttachError(
                 f"The model's parameters were replaced while {name} is attached (load_state_dict(assign=True), a new "
                 "head, or a cast). Detach first, then change the model, and attach again."

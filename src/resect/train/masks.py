@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from resect.blocks.block import Blocks
+from resect.blocks.ranks import least_over_ranks, rank_of_ranks
 from resect.blocks.response import look_on_example
 from resect.errors import AttachError
 from resect.train.draws import draw_keys, is_dropped
-from resect.train.ranks import least_over_ranks, rank_of_ranks
 
 Per = Literal["batch", "sample"]
 

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.state import Mode
+from resect.blocks.units import reshard
 from resect.blocks.unwrap import unwrap
 from resect.errors import AttachError, BlocksError, InputError
 from resect.train.agree import compare, together, watch_wrapper
@@ -96,6 +97,7 @@ class Method:
 
     def _attach(self) -> None:
         """Start acting on the model, on this process alone."""
+        reshard(self.model)
         with ExitStack() as undo:
             gates = Gates(self.model, self.blocks, holder=self.name, exclusive=True, mode=self.gate_mode)
             undo.callback(gates.detach)
@@ -132,6 +134,9 @@ class Method:
                 f"{self.name}.begin_step() was called while not attached. Write `with method:` around the loop."
             )
         self._wiring.check(self.name)
+        reshard(self.model)
+        if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
         if not self._compared:  # a state was loaded: a step off on one process, and draws differ
             compare(self)
         self._compared = True
@@ -213,15 +218,18 @@ class Method:
     def _watch_optimizers(self, undo: ExitStack) -> None:
         """Be told of the steps of every optimizer that holds weights of the model, given or not."""
         if self.optimizer is not None:
-            if not self._concerns(self.optimizer):
-                raise AttachError(
-                    f"The optimizer given to {self.name} holds no parameter of the model. Make it of "
-                    "model.parameters(), or leave optimizer= out: every optimizer of the model's weights is watched."
-                )
+            self._check_optimizer(self.optimizer)
             self._optimised = _held(self.optimizer)
             self._check_optimised()
         undo.callback(register_optimizer_step_pre_hook(self._pre_hook).remove)
         undo.callback(register_optimizer_step_post_hook(self._post_hook).remove)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        if not self._concerns(optimizer):
+            raise AttachError(
+                f"The optimizer given to {self.name} holds no parameter of the model. Make it of model.parameters(), "
+                "and after sharding, or leave optimizer= out: every optimizer of the model's weights is watched."
+            )
 
     def _concerns(self, optimizer: Optimizer) -> bool:
         held = _held(optimizer)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resect.blocks.ranks import gathered
 from resect.errors import InputError
-from resect.train.ranks import gathered
 
 _FIELDS = ("run", "largest", "largest_in_run", "average")
 

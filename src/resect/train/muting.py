@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resect.blocks.ranks import gathered
 from resect.blocks.response import in_units_of_stream, largest_response, sizes
 from resect.errors import AttachError
 from resect.train.method import is_recomputing
-from resect.train.ranks import gathered
 
 Note = Callable[[int, Tensor, Tensor], None]
 

@@ -36,7 +36,7 @@ class SampleFreeze:
                 )
             owner = model.get_submodule(block.owner)
             for module in _with_parameters(model, block.modules):
-                hook = module.register_forward_hook(Hook(self._hook(place, owner)), with_kwargs=True)
+                hook = module.register_forward_hook(Hook(self._hook(place, owner)), with_kwargs=True, prepend=True)
                 undo.callback(hook.remove)
         if blocks.example is not None:
             self._check_example(model, blocks.example)
