@@ -138,6 +138,22 @@ def test_an_optimizer_that_steps_by_its_parents_step_is_looked_at_once(name, wit
     assert same(net, expected)
 
 
+@pytest.mark.parametrize("name", ["StochasticDepth", "ResidualDroppath", "EpsilonGate"])
+def test_a_compiled_optimizer_step_is_looked_at_too(name):
+    expected = plain_steps(name)
+    net, method, optimizer = setup(name)
+    step = torch.compile(optimizer.step, backend="eager")
+    with method:
+        for x, y in batches(6):
+            method.begin_step()
+            (F.cross_entropy(net(x), y) + method.extra_loss(y)).backward()
+            step()
+            optimizer.zero_grad()
+    for mine, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    torch.compiler.reset()
+
+
 def test_a_step_that_failed_is_no_step_under_way(monkeypatch):
     net, x, blocks = chain()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

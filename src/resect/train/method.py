@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -245,7 +246,7 @@ class Method:
             )
 
     def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame = sys._getframe(1)
+        frame = _caller()
         if not self._concerns(optimizer) or _inside(frame, self._stepping):
             return None
         # Several optimizers may share the model's weights: each steps once per begin_step().
@@ -265,7 +266,7 @@ class Method:
         return (args[0],), {**kwargs, "closure": self._closure}
 
     def _post_hook(self, optimizer: Optimizer, *_: Any) -> None:
-        if sys._getframe(1) is self._stepping:
+        if _caller() is self._stepping and self._concerns(optimizer):
             self._stepping = None
             if self._closure is not None:
                 self._closure.check_called()
@@ -274,6 +275,11 @@ class Method:
 
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _caller() -> FrameType | None:
+    """Return the frame that called the function which asks; None in a compiled optimizer step, where there is none."""
+    return None if is_dynamo_compiling() else sys._getframe(2)
 
 
 def _inside(frame: FrameType | None, outer: FrameType | None) -> bool:
