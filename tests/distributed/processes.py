@@ -71,7 +71,8 @@ class Processes:
 
 
 def _serve(pipe: Any, rank: int, count: int, meeting: str, patience: float) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}  # for accelerate
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{meeting}/meet", rank=rank, world_size=count, timeout=timedelta(seconds=patience)

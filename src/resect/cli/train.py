@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from resect.cli.common import app, err, out
 
@@ -30,14 +32,17 @@ def train(
     from resect.lab.jobs import write_plan
     from resect.lab.trainer import train as run
 
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    speaks, tells = (err, out) if first else (Console(quiet=True), Console(quiet=True))
     folder, wanted = runs.wanted(recipe, changes or (), to, resume)
     again = shlex.join(["resect", "train", str(folder), "--resume"])
-    with progress_bar(err) as display:
+    with progress_bar(speaks) as display:
         tell = display.training(wanted.model.name, wanted.train.batch_size)
         try:
-            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=err.print)
+            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=speaks.print)
         except Interrupted as stopped:
-            err.print(f"{stopped} Go on with:\n  {again}", soft_wrap=True, highlight=False)
+            speaks.print(f"{stopped} Go on with:\n  {again}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
-    write_plan(result, wanted)
-    out.print(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")
+    if first:
+        write_plan(result, wanted)
+    tells.print(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")

@@ -57,6 +57,11 @@ def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.O
     return made
 
 
+def leaves_out(config: MethodConfig | None) -> bool:
+    """Whether some weights of the net get no gradient in some steps: then several processes must not wait for it."""
+    return config is not None and (config.name != "epsilon-gate" or config.skip_muted_after is not None)
+
+
 def make_permanent(method: Method, say: Callable[[str], None]) -> None:
     """Fold what a detached method does in evaluation into the weights, so that the saved net is the one evaluated."""
     if isinstance(method, Dropping) and method.scaling == "paper":

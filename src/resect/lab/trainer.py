@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import resect
@@ -20,7 +20,7 @@ from resect.lab import pace, runs
 from resect.lab.data import Data, open_data
 from resect.lab.evaluate import error_on
 from resect.lab.interrupt import Interrupted, stop_signals
-from resect.lab.methods import MakeMethod, Method, make_method, make_permanent
+from resect.lab.methods import MakeMethod, Method, leaves_out, make_method, make_permanent
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe
 from resect.lab.session import Session, restore, save, start
@@ -81,7 +81,8 @@ def train(
     with runs.run_folder(folder):
         saved = runs.begin(folder, recipe, resume)
         data = data or open_data(recipe.data.name, **recipe.data.options)
-        accelerator = Accelerator(log_with=_tracker(recipe, say), project_dir=folder)
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=leaves_out(recipe.method))]
+        accelerator = Accelerator(log_with=_tracker(recipe, say), project_dir=folder, kwargs_handlers=handlers)
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):  # the caller's random numbers are not ours to use up
             torch.manual_seed(recipe.train.seed)

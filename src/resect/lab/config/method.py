@@ -84,6 +84,7 @@ class EpsilonGateConfig(AnyMethod):
     epsilon: float = Field(default=2.5, ge=0)
     start_step: int = Field(default=0, ge=0)
     units: Literal["absolute", "stream"] = "absolute"
+    sync: Literal["ranks", "none"] = "ranks"
     side: float = Field(default=0.0, ge=0)
     side_at: str | None = None
     skip_muted_after: Count | None = None
