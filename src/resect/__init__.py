@@ -15,6 +15,7 @@ _STORY = {
     "blocks.find": ["find_blocks"],
     "blocks.byhand": ["block"],
     "blocks.gate": ["closed", "detach", "gates"],
+    "blocks.compiled": ["compile"],
     "blocks.sharding": ["fully_shard"],
     "train.schedules": ["schedules"],
     "train.stochastic_depth": ["StochasticDepth"],

@@ -1,4 +1,7 @@
-"""What must hold around the call of a block's owner: raw parameters taken away, the attention fast path off."""
+"""What must hold around the call of a block's owner: raw parameters taken away, the attention fast path off.
+
+An owner that is compiled has a frame too: gates are noted around the call, because inside nothing is.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ class Frame:
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                     stand_in.__class__ = _Entry
                 self._take(name, stand_in)
-            for gate in acting:
-                gate.served |= bool(block.entries)
+            if not torch.compiler.is_compiling():
+                for gate in acting:
+                    gate.served |= gate.is_closed
         elif block.end is not None and block.end >= len(block.modules):
             changing = [gate for gate in acting if gate.function or gate.join]
             if changing:

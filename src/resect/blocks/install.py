@@ -11,6 +11,7 @@ from resect.blocks.block import ResidualBlock
 from resect.blocks.frame import Frame
 from resect.blocks.intercept import Part, Port, port_of, release
 from resect.blocks.state import PORT, REMOVED, Gate
+from resect.blocks.unwrap import is_compiled
 from resect.blocks.upkeep import Upkeep
 from resect.errors import AttachError
 
@@ -27,8 +28,9 @@ def install(modules: Mapping[str, nn.Module], gate: Gate, undo: ExitStack) -> No
         undo.callback(_take_off, module, part, gate)
         if block.calls[position] is not None:
             _count(module, modules[block.counted_in or ""], undo)
-    if block.entries or block.unwrap or block.spreads or (block.end is not None and block.end >= len(block.modules)):
-        owner = modules[block.owner]
+    owner = modules[block.owner]
+    ends_raw = block.end is not None and block.end >= len(block.modules)
+    if block.entries or block.unwrap or block.spreads or ends_raw or is_compiled(owner):
         frame = _frame(port_of(owner), block, modules)
         frame.gates.append(gate)
         undo.callback(_take_off, owner, frame, gate)

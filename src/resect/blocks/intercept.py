@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
 from resect.blocks.block import ResidualBlock
@@ -47,7 +48,7 @@ class Part:
 
     def finish(self, output: Any) -> Any:
         """Let every gate act on the branch end inside ``output``, or send it to its addition."""
-        acting = [gate for gate in self.gates if gate.changes and gate.acts]
+        acting = [gate for gate in self.gates if gate.acts and gate.changes]
         if not acting:
             return output
         block = self.block
@@ -141,7 +142,8 @@ class Intercepted:
         for part in port.parts:
             if part.ends and (part.call is None or part.call == call):
                 for gate in part.gates:
-                    if gate.changes:
+                    # Compiled code would be bound to `changes`, also in the mode in which the gate does not act.
+                    if is_dynamo_compiling() or gate.changes:
                         output = part.finish(output)
                         break
         return output

@@ -23,6 +23,22 @@ _backward = torch._C._current_graph_task_id
 """Number of the backward pass that is running; -1: none."""
 
 
+_tracings = [0]
+
+
+def tracings() -> int:
+    """Return how often a gate was compiled into code since this process began."""
+    return _tracings[0]
+
+
+def _traced() -> None:
+    """Count. Called while code is compiled, and no part of it: what torch.compiler.assume_constant_result asks for."""
+    _tracings[0] += 1
+
+
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # that function imports all of the compiler
+
+
 class Gate:
     """What acts on one branch: ``open``, ``closed``, or a function on the branch end.
 
@@ -43,6 +59,8 @@ class Gate:
         self.version = 0
         self.seen_version = 0
         self.served = False
+        self.noted = False
+        """Whether a forward pass ran, not inside compiled code, since this was last set to False."""
 
     def open(self) -> Gate:
         """Compute the branch and leave it as it is."""
@@ -93,19 +111,20 @@ class Gate:
 
     def shuts(self) -> bool:
         """Whether a module of the branch that is called now must not run. Notes the forward pass."""
-        compiling = is_dynamo_compiling()
-        if not compiling:
-            self.note_forward()
+        if is_dynamo_compiling():
+            _traced()
+            # The mode first: what is compiled for evaluation must not depend on training's draws.
+            return self.acts and self.is_closed
+        self.note_forward()
         if not self.is_closed or not self.acts:
             return False
-        if not compiling:
-            self.served = True
+        self.served = True
         return True
 
     def note_forward(self) -> None:
         """Raise if a recomputation in a backward pass sees another state than the forward pass did."""
         if _backward() == -1:
-            self.seen_version = self.version
+            self.seen_version, self.noted = self.version, True
             stamp(self, self.owner.training)
         elif self.seen_version != self.version:
             raise changed(self)

@@ -47,6 +47,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_wrapped_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile(model)`` is around a model, or between it and another wrapper."""
+    while isinstance(model, _WRAPPERS):
+        model = model.module
+    return type(model).__name__ == "OptimizedModule"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled in place, by ``module.compile()``."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def check_visible(model: nn.Module) -> None:
     """Raise ``BlocksError`` for a model whose branches cannot be seen, saying which part and what to do."""
     if isinstance(model, torch.jit.ScriptModule):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resect.blocks.example import device_of
@@ -19,6 +21,7 @@ from resect.train.masks import DropSamples, SampleMasks
 from resect.train.method import Method
 from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems
+from resect.train.schedules import Constant, Rule, Schedule, drop_probs, probability
 
 Scaling = Literal["none", "inverted", "paper"]
 FEW_BLOCKS = 6
@@ -62,6 +65,10 @@ class Dropping(Method):
     def _probs(self, step: int) -> list[float]:
         """Return per block the probability to be closed in a training step."""
         raise NotImplementedError
+
+    def _typical(self) -> list[list[float]]:
+        """Return per-block probabilities for all that a gate may have to do in some training step."""
+        return [self._probs(0)]
 
     @property
     def drop_probs(self) -> dict[str, float]:
@@ -127,29 +134,33 @@ class Dropping(Method):
         closed = [place for place, gate in enumerate(self._gates) if gate.is_closed and (gate.acts or gate.served)]
         self._parts.leave_out(closed)
 
+    def _states(self, picked: list[bool]) -> Iterator[None]:
+        assert self._gates is not None
+        for probs in self._typical():
+            self._close(self._gates, [pick and prob > 0 for pick, prob in zip(picked, probs, strict=True)], probs)
+            yield
+
     def _scale_eval(self) -> None:
         """Give the eval gates the factors of the current step."""
         if self._eval_gates is not None:
             for gate, prob in zip(self._eval_gates, self.drop_probs.values(), strict=True):
-                gate.scale(1.0 - prob)
+                gate.scale(_number(1.0 - prob))
 
     def detach(self) -> None:
         """Stop acting on the model, and leave it without a trace. Harmless when not attached."""
         super().detach()
         self._eval_gates = None
 
-    def _close(self, gates: Gates, closed: list[bool], step: int | None) -> None:
-        """Close some blocks and open the others, scaled up as the probabilities of ``step`` ask; None: not scaled."""
-        probs = [0.0] * len(closed) if step is None else self._probs(step)
-        for gate, is_closed, prob in zip(gates, closed, probs, strict=True):
+    def _close(self, gates: Gates, closed: list[bool], probs: list[float] | None) -> None:
+        """Close some blocks and open the others, scaled up as their probabilities ask; None: not scaled."""
+        for gate, is_closed, prob in zip(gates, closed, probs or [0.0] * len(closed), strict=True):
             if is_closed:
                 gate.close()
             else:
                 self._keep(gate, prob)
 
-    def _drop_samples(self, gates: Gates, step: int) -> None:
+    def _drop_samples(self, gates: Gates, probs: list[float], step: int) -> None:
         """Drop every branch for the samples that ``step`` draws; one that all must drop is not computed."""
-        probs = self._probs(step)
         self._masks.begin(probs, self.seed, step, scaled=self.scaling == "inverted")
         for gate, drop, prob in zip(gates, self._drops, probs, strict=True):
             if prob == 0:
@@ -161,6 +172,27 @@ class Dropping(Method):
 
     def _keep(self, gate: Gate, prob: float) -> None:
         if self.scaling == "inverted" and 0 < prob < 1:
-            gate.scale(1.0 / (1.0 - prob))
+            gate.scale(_number(1.0 / (1.0 - prob)))
         elif gate.state != "open":
             gate.open()
+
+
+class Scheduled(Dropping):
+    """A method whose drop probabilities follow a schedule over training and a rule over depth."""
+
+    drop_prob: Schedule
+    rule: Rule
+
+    def _probs(self, step: int) -> list[float]:
+        return drop_probs(probability("drop_prob", self.drop_prob, step), self.rule, len(self.blocks))
+
+    def _typical(self) -> list[list[float]]:
+        """Between, 0 and 1, where a schedule moves it."""
+        constant = isinstance(self.drop_prob, Constant)
+        values = [self.drop_prob(0)] if constant else [0.5, 0.0, 1.0]
+        return [drop_probs(value, self.rule, len(self.blocks)) for value in values]
+
+
+def _number(value: float) -> Tensor:
+    """Return a factor as a tensor (): code compiled for one step serves the next, where a schedule moves it."""
+    return torch.tensor(value, dtype=torch.float64)

@@ -57,7 +57,7 @@ class EffectivePaths(Dropping):
 
     def _set_gates(self, gates: Gates, step: int) -> None:
         stays = draw_subset(self.keep, len(self.blocks), self.seed, step)
-        self._close(gates, [not stay for stay in stays], step)
+        self._close(gates, [not stay for stay in stays], self._probs(step))
 
 
 def keep_problems(keep: int, count: int) -> list[str]:

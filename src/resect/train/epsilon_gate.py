@@ -19,7 +19,6 @@ from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.blocks.ranks import several_ranks
 from resect.blocks.response import look_on_example
-from resect.blocks.state import Gate
 from resect.errors import InputError, check_all
 from resect.train.method import Method
 from resect.train.muted import MutedCount
@@ -123,7 +122,7 @@ class EpsilonGate(Method):
         self.side, self.side_at, self.seed = float(side), side_at, seed
         self._side = SideSupervision(self.model, self.blocks, side_at, seed) if side else None
         self.count = MutedCount(len(self.blocks), device_of(self.model))
-        self._rechecking = False
+        self._rechecking, self._moves = False, skip_muted_after is not None
         self._tested: Tensor | None = None  # largest responses on test data, while finalize() looks
 
     @property
@@ -149,15 +148,13 @@ class EpsilonGate(Method):
         self._acts = [
             Muting(self.note, self.epsilon, place, gate.owner if shared else None) for place, gate in enumerate(gates)
         ]
-        for gate, act in zip(gates, self._acts, strict=True):
-            self._set(gate, act)
+        self._put(gates)
         self._skip(gates)
 
-    def _set(self, gate: Gate, act: Muting) -> None:
-        if self.units == "stream":
-            gate.join_by(act.join)
-        else:
-            gate.apply(act)
+    def _put(self, gates: Gates, closed: list[bool] | None = None, settled: bool = False) -> None:
+        """Close some blocks; the others get their gate, or none once settled."""
+        for gate, act, is_closed in zip(gates, self._acts, closed or [False] * len(gates), strict=True):
+            act.put(gate, closed=is_closed, settled=settled, at_sum=self.units == "stream")
 
     def _closed(self) -> Tensor:
         """Return which blocks are kept closed because they were muted, bool (blocks,)."""
@@ -173,15 +170,7 @@ class EpsilonGate(Method):
         if settled:
             self.count.settle(self._closed())
         recheck = self._rechecking and not settled
-        for gate, act, closed in zip(gates, self._acts, self._closed().tolist(), strict=True):
-            if closed and not recheck:
-                if not gate.is_closed:
-                    gate.close()
-            elif settled:
-                if gate.state != "open":
-                    gate.open()
-            elif gate.is_closed:
-                self._set(gate, act)
+        self._put(gates, [closed and not recheck for closed in self._closed().tolist()], settled)
 
     def _on_step(self) -> None:
         self._check_optimised()
@@ -190,7 +179,7 @@ class EpsilonGate(Method):
         epsilon = self.schedule(self.steps)
         check_number("epsilon", epsilon, 0)
         for act in self._acts:
-            act.epsilon = epsilon
+            act.set(epsilon)
         assert self._gates is not None
         self._rechecking = bool(self.recheck_every and self.steps and self.steps % self.recheck_every == 0)
         self._skip(self._gates)
@@ -198,6 +187,12 @@ class EpsilonGate(Method):
     def _agree(self) -> None:
         if self.sync == "none" and several_ranks():  # yet a block is closed on all processes or on none
             self.count.agree()
+
+    def _states(self, picked: list[bool]) -> Iterator[None]:
+        assert self._gates is not None
+        for settled in [False, True][: 1 + (self.settle_after is not None)]:
+            self._put(self._gates, [pick and self.skip_muted_after is not None for pick in picked], settled)
+            yield
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._agree()
@@ -262,9 +257,9 @@ class EpsilonGate(Method):
             undo.callback(self._skip, self._gates)
             self._tested = torch.zeros_like(self.count.largest)
             undo.callback(setattr, self, "_tested", None)
-            for gate, act in zip(self._gates, self._acts, strict=True):
-                act.epsilon = self.epsilon
-                self._set(gate, act)
+            for act in self._acts:
+                act.set(self.epsilon)
+            self._put(self._gates)
             self.model.eval()
             run = forward or forward_batch
             with torch.no_grad():

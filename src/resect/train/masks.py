@@ -31,7 +31,8 @@ class SampleMasks:
         self.keys = torch.zeros(len(probs), 2, dtype=torch.int64, device=device)
         self.scales = torch.ones(len(probs), dtype=exact, device=device)
         self.rank, self.ranks = rank_of_ranks()
-        self._seen: set[int] = set()
+        self.most = torch.zeros((), dtype=torch.int64, device=device)
+        """The largest number of samples seen in this step: whatever holds of them all holds of fewer."""
 
     def begin(self, probs: list[float], seed: int, step: int, *, scaled: bool) -> None:
         """Draw for a step. ``scaled``: kept branches are multiplied by 1/(1 − p)."""
@@ -39,14 +40,14 @@ class SampleMasks:
         self.keys.copy_(draw_keys(probs, seed, step), non_blocking=True)
         scales = [1.0 / (1.0 - prob) if scaled and prob < 1 else 1.0 for prob in probs]
         self.scales.copy_(torch.tensor(scales, dtype=torch.float64), non_blocking=True)
-        self._seen.clear()
+        self.most.zero_()
 
     def dropped(self, place: int, samples: int, device: torch.device) -> Tensor:
         """Return for one block which samples of this process drop it, bool (samples,).
 
         Sample i of rank r is sample i·N + r of the batch that N ranks share: as ``DistributedSampler`` deals it out.
         """
-        self._seen.add(samples)
+        self.most.clamp_(min=samples)
         rows = torch.arange(self.rank, samples * self.ranks, self.ranks, device=device)
         return is_dropped(self.keys[place].to(device), rows)
 
@@ -60,9 +61,9 @@ class SampleMasks:
 
     def _all(self, holds: Callable[[Tensor], Tensor]) -> list[bool]:
         found = torch.ones(len(self.probs), dtype=torch.uint8, device=self.keys.device)
-        for place in range(len(self.probs)):
-            for samples in tuple(self._seen):
-                found[place] &= holds(self.dropped(place, samples, self.keys.device))
+        most = int(self.most)
+        for place in range(len(self.probs) if most else 0):
+            found[place] &= holds(self.dropped(place, most, self.keys.device))
         return [bool(value) for value in least_over_ranks(found).tolist()]
 
 

@@ -19,17 +19,19 @@ from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, resolve
 from resect.blocks.state import Mode
 from resect.blocks.units import reshard
-from resect.blocks.unwrap import unwrap
+from resect.blocks.unwrap import is_wrapped_compiled, unwrap
 from resect.errors import AttachError, BlocksError, InputError
 from resect.train.agree import compare, together, watch_wrapper
 from resect.train.changed import Wiring
 from resect.train.closure import Closure
+from resect.train.compiling import CompiledCode
 from resect.train.freeze import Freeze
+from resect.train.warmup import Warmable
 
 Batch = TypeVar("Batch")
 
 
-class Method:
+class Method(Warmable):
     """A training method: holds hyper-parameters, acts on a model while attached.
 
     Subclasses say what their gates do in ``_arm``, what happens at a step in ``_on_step``, and what must be so
@@ -42,6 +44,7 @@ class Method:
 
     def __init__(self, model: nn.Module, blocks: Which, optimizer: Optimizer | None) -> None:
         self.model = unwrap(model)
+        self._wrapped = is_wrapped_compiled(model)
         self.blocks: Blocks = resolve(self.model, blocks)
         if not self.blocks:
             raise BlocksError(f"{self.name} needs at least one residual block, and the selection is empty.")
@@ -103,6 +106,7 @@ class Method:
             gates = Gates(self.model, self.blocks, holder=self.name, exclusive=True, mode=self.gate_mode)
             undo.callback(gates.detach)
             self._wiring = Wiring(self.model, self.blocks)
+            self._code = CompiledCode(self.model, self.blocks, self.name, self._wrapped) if self._moves else None
             self._begun = False
             self._stepped.clear()
             self._arm(gates, undo)
@@ -143,6 +147,8 @@ class Method:
         self._compared = True
         self._on_step()
         assert self._gates is not None
+        if self._code is not None:
+            self._code.begin(self._gates)
         self._open = sum(not (gate.is_closed and gate.acts) for gate in self._gates)
         self.steps += 1
         self._begun = True
@@ -255,6 +261,8 @@ class Method:
                 f"Two optimizer steps without {self.name}.begin_step() between them. "
                 "Call method.begin_step() once per optimizer step, before the forward pass."
             )
+        if self._code is not None and self._gates is not None:
+            self._code.end(self._gates)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         look = functools.partial(self._before_optimizer_step, optimizer)
         self._closure = None if closure is None else Closure(closure, optimizer, look, self.name)
@@ -291,4 +299,4 @@ def _inside(frame: FrameType | None, outer: FrameType | None) -> bool:
 
 def is_recomputing() -> bool:
     """Whether this forward pass is a recomputation inside a backward pass (gradient checkpointing)."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from resect.blocks.ranks import gathered
 from resect.blocks.response import in_units_of_stream, largest_response, sizes
+from resect.blocks.state import Gate
 from resect.errors import AttachError
 from resect.train.method import is_recomputing
 
@@ -42,37 +44,56 @@ class Muting:
     """The gate function of one block: a class, so that a model with it can be copied and pickled.
 
     A copy of the model keeps its gates, but reports to no method and asks no other process: that stays with the
-    original. ``shared``: the block's owner, while whose training all processes decide together.
+    original. ``shared``: the block's owner, while whose training all processes decide together. ε is kept as a
+    tensor too: compiled code reads that one, and is not bound to the number.
     """
 
     def __init__(self, note: Note | None, epsilon: float, place: int, shared: nn.Module | None = None) -> None:
-        self.note, self.epsilon, self.place, self.shared = note, epsilon, place, shared
+        self.note, self.place, self.shared = note, place, shared
+        self.set(epsilon)
+
+    def set(self, epsilon: float) -> None:
+        """Mute responses of at most ``epsilon`` from now on."""
+        self.epsilon, self.threshold = epsilon, torch.tensor(epsilon, dtype=torch.float64)
+
+    def put(self, gate: Gate, *, closed: bool, settled: bool, at_sum: bool) -> None:
+        """Close a gate, open it for good, or let it mute, at the branch end or ``at_sum``; unless it is so already."""
+        if closed:
+            if not gate.is_closed:
+                gate.close()
+        elif settled:
+            if gate.state != "open":
+                gate.open()
+        elif not gate.changes:
+            _ = gate.join_by(self.join) if at_sum else gate.apply(self)
 
     def __call__(self, branch: Tensor) -> Tensor:
         """Return the branch end, or zeros, by the size of its largest response."""
-        if not self.epsilon and not self.note:
-            return branch
-        return self._gate(branch, self._rows(largest_response(branch)).max())
+        return branch if self._idle() else self._gate(branch, self._rows(largest_response(branch)).max())
 
     def join(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return shortcut plus branch, or the shortcut, by the largest response in units of the stream."""
-        if not self.epsilon and not self.note:
+        if self._idle():
             return shortcut + branch
         return shortcut + self._gate(branch, in_units_of_stream(self._rows(sizes(branch, shortcut))))
+
+    def _idle(self) -> bool:
+        return self.note is None and not is_compiling() and not self.epsilon
 
     def _rows(self, row: Tensor) -> Tensor:
         return gathered(row) if self.shared is not None and self.shared.training else row[None]
 
     def _gate(self, branch: Tensor, response: Tensor) -> Tensor:
-        muted = (response <= self.epsilon) & (self.epsilon > 0)
+        threshold = self.threshold.to(response.dtype)
+        muted = (response <= threshold) & (threshold > 0)
         if self.note is not None and not is_recomputing():
             self.note(self.place, muted, response)
-        if not self.epsilon:  # no gate at all, gradients of an all-zero branch included
-            return branch
+        if not is_compiling() and not self.epsilon:
+            return branch  # what follows gives the same, and the same gradients, but takes its time
         return zero_where(muted, branch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"note": None, "shared": None, "place": self.place, "epsilon": self.epsilon}
+        return self.__dict__ | {"note": None, "shared": None}
 
 
 def check_start(responses: Mapping[str, float], epsilon: float) -> None:

@@ -5,6 +5,7 @@ Like LayerDropBack (arXiv 2412.18027): what dropping does to learning, without w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -64,6 +65,11 @@ class RandomSubset(Method):
         self._training = [gate.owner.training for gate in self._gates]
         still = [trains and not stay for trains, stay in zip(self._training, stays, strict=True)]
         self._freeze = self._parts.freeze(still, rest=False)
+
+    def _states(self, picked: list[bool]) -> Iterator[None]:
+        self._freeze = self._parts.freeze(picked, rest=False)
+        yield
+        self._release()
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self._gates is not None

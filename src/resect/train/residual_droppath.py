@@ -18,15 +18,16 @@ from resect.blocks.gate import Gates, Which
 from resect.errors import AttachError
 from resect.train.consistency import Consistency
 from resect.train.draws import draw_closed
-from resect.train.dropping import Dropping, OwnDrop, Scaling
+from resect.train.dropping import OwnDrop, Scaling, Scheduled
 from resect.train.freeze import Norms, Stillness, check_modes
 from resect.train.hooks import Hook
 from resect.train.masks import Per, check_batch_first
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind
 from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
+from resect.train.rates import Rates
 from resect.train.sample_freeze import SampleFreeze
-from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
+from resect.train.schedules import Rule, Schedule, as_schedule, rule_problems
 
 Forward = Literal["full", "dropped"]
 Mask = Literal["same", "fresh"]
@@ -36,7 +37,7 @@ Rest = Literal["frozen", "trained"]
 Backward = Literal["through", "shortcuts"]
 
 
-class ResidualDroppath(Dropping):
+class ResidualDroppath(Scheduled):
     """An interpretation of the paper's abstract: *drop* iterations and *dropped-only* iterations take turns.
 
     1. *drop*: draw M, every block l dropped with probability p_l. Train the rest of the net on a batch:
@@ -145,15 +146,14 @@ class ResidualDroppath(Dropping):
             check_ends(self.blocks, f"{self.name}(per={per!r}, backward={backward!r})")
         self.drop_prob, self.rule, self.per = as_schedule(drop_prob), rule, per
         self.forward, self.mask, self.data, self.update, self.rest = forward, mask, data, update, rest
-        self.backward, self.norms, self.stillness, self.lr_scale = backward, norms, stillness, float(lr_scale)
+        self.backward, self.norms, self.stillness = backward, norms, stillness
         self.alternation = Alternation(warmup, drop_steps, period)
         self.consistency = float(consistency)
         self.kind: Kind = "plain"
-        self.plain_steps = 0
         self._compare = Consistency(self.model)
-        self._looping, self._cut = False, False
+        self.plain_steps, self._looping, self._cut = 0, False, False
         self._split: SampleFreeze | None = None
-        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self.lr_scale, self._rates = lr_scale, Rates(lr_scale)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches to train on, one per optimizer step; ``data="same"`` repeats each."""
@@ -190,9 +190,6 @@ class ResidualDroppath(Dropping):
         self.plain_steps = int(state["plain_steps"])
         self._compare.teachers = list(state["teachers"])
 
-    def _probs(self, step: int) -> list[float]:
-        return drop_probs(probability("drop_prob", self.drop_prob, step), self.rule, len(self.blocks))
-
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         super()._arm(gates, undo)
         undo.callback(self._release)
@@ -218,9 +215,9 @@ class ResidualDroppath(Dropping):
         self.kind = kind
         self._compare.start(teaching={"drop": True, "dropped-only": False}.get(kind))
         if kind == "drop":
-            self._begin_drop(self._gates, dropped, draw_step)
+            self._begin_drop(self._gates, dropped, self._probs(draw_step), draw_step)
         elif kind == "dropped-only":
-            self._begin_dropped_only(self._gates, dropped, training, draw_step)
+            self._begin_dropped_only(self._gates, dropped, self._probs(draw_step), draw_step)
         else:
             self._close(self._gates, [False] * len(dropped), None)
         self._scale_eval()
@@ -236,15 +233,15 @@ class ResidualDroppath(Dropping):
         groups = [group for group, is_dropped in zip(self._parts.parameters, dropped, strict=True) if is_dropped]
         return bool(groups) and (kind == "drop" or any(p.requires_grad for group in groups for p in group))
 
-    def _begin_drop(self, gates: Gates, dropped: list[bool], step: int) -> None:
+    def _begin_drop(self, gates: Gates, dropped: list[bool], probs: list[float], step: int) -> None:
         if self.per == "sample":
-            self._drop_samples(gates, step)
+            self._drop_samples(gates, probs, step)
             return
-        self._close(gates, dropped, step)
+        self._close(gates, dropped, probs)
         self._freeze = self._parts.freeze(dropped, rest=False, stillness=self.stillness)
 
-    def _begin_dropped_only(self, gates: Gates, dropped: list[bool], training: list[bool], step: int) -> None:
-        still = [trains and not is_dropped for trains, is_dropped in zip(training, dropped, strict=True)]
+    def _begin_dropped_only(self, gates: Gates, dropped: list[bool], probs: list[float], step: int) -> None:
+        still = [gate.owner.training and not is_dropped for gate, is_dropped in zip(gates, dropped, strict=True)]
         self._close(gates, still if self.forward == "dropped" else [False] * len(still), None)
         if self.update == "all":
             return
@@ -253,13 +250,25 @@ class ResidualDroppath(Dropping):
                 if is_still and not gate.is_closed:
                     gate.apply(torch.Tensor.detach)
         if self._split is not None:
-            self._masks.begin(self._probs(step), self.seed, step, scaled=False)
+            self._masks.begin(probs, self.seed, step, scaled=False)
             self._split.masks = self._masks
         # Samples that dropped a block and samples that did not share its batch: then no statistics move at all.
         holders = () if self._split is None else self.model.modules()
         self._freeze = self._parts.freeze(
             still, rest=self.rest == "frozen", stillness=self.stillness, norms=self.norms, holders=holders
         )
+
+    def _states(self, picked: list[bool]) -> Iterator[None]:
+        assert self._gates is not None
+        self._compare.start(teaching=None)
+        for probs in self._typical():
+            dropped = [pick and prob > 0 for pick, prob in zip(picked, probs, strict=True)]
+            for begin in (self._begin_drop, self._begin_dropped_only):
+                begin(self._gates, dropped, probs, self.steps)
+                yield
+                self._release()
+        self._close(self._gates, [False] * len(picked), None)  # a plain step
+        yield
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self._gates is not None
@@ -270,18 +279,11 @@ class ResidualDroppath(Dropping):
             untouched = self._masks.every() if self.kind == "drop" else self._masks.none()
             self._parts.leave_out([place for place, is_still in enumerate(untouched) if is_still], self.stillness)
         self._release()
-        if self.kind == "dropped-only" and self.lr_scale != 1:
-            for group in optimizer.param_groups:
-                self._rates.append((group, group["lr"]))
-                group["lr"] = group["lr"] * self.lr_scale
+        if self.kind == "dropped-only":
+            self._rates.scale(optimizer)
 
     def _after_optimizer_step(self, optimizer: Optimizer) -> None:
-        self._restore_rates()
-
-    def _restore_rates(self) -> None:
-        for group, rate in self._rates:
-            group["lr"] = rate
-        self._rates = []
+        self._rates.restore()
 
     def _loaded(self, *_: Any) -> None:
         if self._freeze is not None:
@@ -289,7 +291,7 @@ class ResidualDroppath(Dropping):
 
     def _release(self) -> None:
         """End what stands still in the current step."""
-        self._restore_rates()
+        self._rates.restore()
         if self._freeze is not None:
             self._freeze.release(self.model.training)
             self._freeze = None

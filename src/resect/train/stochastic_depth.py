@@ -5,6 +5,7 @@ Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", ECCV 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from torch import nn
@@ -12,13 +13,13 @@ from torch.optim import Optimizer
 
 from resect.blocks.gate import Gates, Which
 from resect.train.draws import draw_closed
-from resect.train.dropping import Dropping, OwnDrop, Scaling
+from resect.train.dropping import OwnDrop, Scaling, Scheduled
 from resect.train.masks import Per, check_batch_first
 from resect.train.problems import check_ends, choice_problems, number_problems
-from resect.train.schedules import Rule, Schedule, as_schedule, drop_probs, probability, rule_problems
+from resect.train.schedules import Rule, Schedule, as_schedule, rule_problems
 
 
-class StochasticDepth(Dropping):
+class StochasticDepth(Scheduled):
     """Close every block l with probability p_l in each training step: ``x + b_l·f_l(x)``, ``b_l ~ Bernoulli(1 − p_l)``.
 
     Parameters
@@ -67,6 +68,7 @@ class StochasticDepth(Dropping):
     ) -> None:
         super().__init__(model, blocks, scaling=scaling, seed=seed, optimizer=optimizer, own_drop=own_drop)
         self.drop_prob, self.rule, self.per = as_schedule(drop_prob), rule, per
+        self._moves = per == "batch"
         self._check(
             [
                 *number_problems("drop_prob", drop_prob),
@@ -77,16 +79,23 @@ class StochasticDepth(Dropping):
         if per == "sample":
             check_ends(self.blocks, f'{self.name}(per="sample")')
 
-    def _probs(self, step: int) -> list[float]:
-        return drop_probs(probability("drop_prob", self.drop_prob, step), self.rule, len(self.blocks))
-
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         super()._arm(gates, undo)
         if self.per == "sample":
             check_batch_first(self.model, self.blocks, self.name)
 
     def _set_gates(self, gates: Gates, step: int) -> None:
+        probs = self._probs(step)
         if self.per == "batch":
-            self._close(gates, draw_closed(self._probs(step), self.seed, step), step)
+            self._close(gates, draw_closed(probs, self.seed, step), probs)
         else:
-            self._drop_samples(gates, step)
+            self._drop_samples(gates, probs, step)
+
+    def _states(self, picked: list[bool]) -> Iterator[None]:
+        if self.per == "batch":
+            yield from super()._states(picked)
+        elif not any(picked):  # nothing else to pick from: one gate function does all samples
+            assert self._gates is not None
+            for probs in self._typical():
+                self._drop_samples(self._gates, probs, self.steps)
+                yield
