@@ -55,6 +55,11 @@ def changed(gate: Versioned) -> AttachError:
     )
 
 
+def is_recomputing() -> bool:
+    """Whether this forward pass is a recomputation inside a backward pass (gradient checkpointing)."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def stamp(gate: Versioned, training: bool) -> None:
     """Note the gate's version in the checkpoint, if any, whose forward pass is running."""
     hooked = _TOP_HOOKS is None or _TOP_HOOKS(False)  # somebody changes what is saved for the backward pass

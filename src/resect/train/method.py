@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
@@ -295,8 +294,3 @@ def _inside(frame: FrameType | None, outer: FrameType | None) -> bool:
     while frame is not None and frame is not outer:
         frame = frame.f_back
     return frame is not None
-
-
-def is_recomputing() -> bool:
-    """Whether this forward pass is a recomputation inside a backward pass (gradient checkpointing)."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

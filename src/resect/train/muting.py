@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from resect.blocks.ranks import gathered
+from resect.blocks.recompute import is_recomputing
 from resect.blocks.response import in_units_of_stream, largest_response, sizes
 from resect.blocks.state import Gate
 from resect.errors import AttachError
-from resect.train.method import is_recomputing
 
 Note = Callable[[int, Tensor, Tensor], None]
 

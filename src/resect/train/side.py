@@ -18,10 +18,10 @@ from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import device_of
 from resect.blocks.modes import kept_modes
 from resect.blocks.ranks import mean_over_ranks
+from resect.blocks.recompute import is_recomputing
 from resect.errors import AttachError, InputError
 from resect.train.draws import generator
 from resect.train.hooks import Hook
-from resect.train.method import is_recomputing
 
 
 class SideHead(nn.Module):
