@@ -23,6 +23,12 @@ METHODS = {
     "StochasticDepth, per sample": lambda model, blocks, optimizer, level: resect.StochasticDepth(
         model, blocks, per="sample", rule="linear-from-zero", optimizer=optimizer
     ),
+    "StochasticDepth, per sample, subset": lambda model, blocks, optimizer, level: resect.StochasticDepth(
+        model, blocks, per="sample", compute="subset", optimizer=optimizer
+    ),
+    "StochasticDepth, per sample, mask": lambda model, blocks, optimizer, level: resect.StochasticDepth(
+        model, blocks, per="sample", compute="mask", optimizer=optimizer
+    ),
     "StochasticDepth, paper": lambda model, blocks, optimizer, level: resect.StochasticDepth(
         model, blocks, scaling="paper", optimizer=optimizer
     ),

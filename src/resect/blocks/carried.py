@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.blocks.absent import Absent
 from resect.blocks.inflight import AbsentError, InFlight
+from resect.blocks.rows import Rows
 from resect.blocks.state import Acting
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a sum is written into its first operand."""
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 class Carried(InFlight):
@@ -20,7 +27,7 @@ class Carried(InFlight):
     Branches of one sum that meet before the shortcut does wait for it together, as several ``terms``.
     """
 
-    def __init__(self, terms: tuple[tuple[Tensor, Acting], ...], pending: float = 0) -> None:
+    def __init__(self, terms: tuple[tuple[Tensor, Acting | Rows], ...], pending: float = 0) -> None:
         self.terms = terms
         self.pending = pending
 
@@ -34,6 +41,8 @@ class Carried(InFlight):
                 raise AbsentError("a closed branch meets an open one before either meets its shortcut")
             carried = self.pass_through(func, (left, right), kwargs)
             carried.pending -= 1
+            if is_in_place(func) and isinstance(left, Carried):  # the model may drop the result and go on with this
+                left.pending = carried.pending
             return carried
         if isinstance(other, Carried):
             return Carried(self.terms + other.terms)
@@ -47,7 +56,7 @@ class Carried(InFlight):
         for branch, acting in self.terms:
             changed = acting.change(branch)
             value = acting.join(value, changed if left is self or sign * alpha == 1 else changed * (sign * alpha))
-        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        in_place = is_in_place(func)
         if in_place and left is self:
             self.result = value
         return left.copy_(value) if in_place and isinstance(left, Tensor) else value
@@ -74,6 +83,9 @@ class Carried(InFlight):
 
     def _called(self, method: Any, args: Any, kwargs: Any) -> Any:
         return self.__torch_function__(method, (), (self, *args), kwargs)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._called(Tensor.__setitem__, (key, value), {})
 
     def __len__(self) -> int:
         return len(self.terms[0][0])

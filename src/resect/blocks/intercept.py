@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch.utils._pytree import tree_map_only
 
 from resect.blocks.block import ResidualBlock
 from resect.blocks.carried import Carried
+from resect.blocks.cut import call_on_rows
 from resect.blocks.frame import Frame, fast_path_off
 from resect.blocks.inflight import InFlight, settled
 from resect.blocks.making import making
 from resect.blocks.state import PORT, Acting, Gate
-from resect.blocks.template import pick, replaced
+from resect.blocks.template import handed_on, pick, replaced
 from resect.blocks.twin import absent_output
 from resect.blocks.upkeep import Upkeep
 from resect.errors import AttachError
@@ -38,7 +40,25 @@ class Part:
         self.position = position
         self.call = block.calls[position]
         self.ends = position == block.end
+        self.handed_on = handed_on(block.templates[position])
         self.gates: list[Gate] = []
+
+    def instead(self, module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Do what gates that take over want instead of a plain call: nothing, or some rows of it. A closed one wins."""
+        taking = [gate for gate in self.gates if gate.shuts()]
+        if any(gate.is_closed for gate in taking):
+            return self.absent(module, args, kwargs)
+        gate = taking[0]
+        if sum(other.changes and other.acts for other in self.gates) > 1:  # another function wants the whole branch
+            output = run(*args, **kwargs)
+            return self.finish(output) if self.ends else output
+        assert gate.axes is not None
+        rows: Any = gate.function
+        pending = self.block.pending[self.position]
+        output = call_on_rows(run, (self.block.modules[self.position],), rows.rows, gate.axes, pending, args, kwargs)
+        for at, source in self.handed_on:  # others count on all samples of it
+            output = replaced(output, at, pick({"args": args, "kwargs": kwargs}, source))
+        return output
 
     def absent(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Build what the module returns while its block is closed; a cache keeps its length."""
@@ -135,10 +155,11 @@ class Intercepted:
             if part.call is None or part.call == call:
                 for gate in part.gates:
                     if gate.shuts():
-                        return part.absent(self, args, kwargs)  # type: ignore[arg-type]
+                        return part.instead(self, functools.partial(self._framed, port, call), args, kwargs)
         if port.frames or port.counters or port.fast_path_off:
-            return self._framed(port, call, args, kwargs)
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = self._framed(port, call, *args, **kwargs)
+        else:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         for part in port.parts:
             if part.ends and (part.call is None or part.call == call):
                 for gate in part.gates:
@@ -148,7 +169,7 @@ class Intercepted:
                         break
         return output
 
-    def _framed(self, port: Port, call: int | None, args: Any, kwargs: Any) -> Any:
+    def _framed(self, port: Port, call: int | None, /, *args: Any, **kwargs: Any) -> Any:
         frames = [frame for frame in port.frames if frame.call is None or frame.call == call]
         claims = bool(port.counters) or any(frame.claims for frame in frames)
         thread = port.claim() if claims else None
@@ -172,9 +193,6 @@ class Intercepted:
                 port.thread = thread
         if any(frame.block.unwrap for frame in frames):
             output = tree_map_only(InFlight, settled, output)
-        for part in port.parts:
-            if part.ends and (part.call is None or part.call == call):
-                output = part.finish(output)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:

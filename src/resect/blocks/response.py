@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates, Which, gates
 from resect.blocks.modes import kept_modes
+from resect.blocks.unwrap import eager
 
 Seen = TypeVar("Seen")
 
@@ -99,7 +100,7 @@ def look_on_example(
     afterwards. An example too small for batch statistics is run in eval mode.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(), gates(model, which) as watched:
+    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(), eager(), gates(model, which) as watched:
         seen = watch_sums(watched) if relative else watch(watched, look)
         try:
             try:

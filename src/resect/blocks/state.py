@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from resect.blocks.axes import Axes
 from resect.blocks.block import ResidualBlock
 from resect.blocks.recompute import changed, stamp
+from resect.blocks.rows import Rows
 from resect.errors import AttachError
 
 PORT = "_resect_port"
@@ -39,6 +41,18 @@ def _traced() -> None:
 _traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # that function imports all of the compiler
 
 
+class OnRows(Protocol):
+    """A function of the branch end that is 0 for some samples, and can say which rows are left."""
+
+    def __call__(self, branch: Tensor, /) -> Tensor:
+        """Return what takes the place of the branch end (samples, …)."""
+        ...
+
+    def rows(self, samples: int, device: torch.device) -> Rows:
+        """Return the rows that are left, and their factor: one object for the whole forward pass."""
+        ...
+
+
 class Gate:
     """What acts on one branch: ``open``, ``closed``, or a function on the branch end.
 
@@ -54,8 +68,12 @@ class Gate:
         self.is_closed = False
         self.function: Callable[[Tensor], Tensor] | None = None
         self.join: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.axes: Axes | None = None
+        """What is known of the tensors that the branch meets, where it is computed on the function's rows alone."""
         self.changes = False
         """Whether it has a function or a join."""
+        self.takes_over = False
+        """Whether modules of the branch do not simply run: it is closed, or computed on some rows."""
         self.version = 0
         self.seen_version = 0
         self.served = False
@@ -78,6 +96,15 @@ class Gate:
         """Let ``function(branch_end)`` take the place of the branch end."""
         self._need_end("apply a function to the branch end")
         return self._become(function=function)
+
+    def apply_on_rows(self, function: OnRows, axes: Axes) -> Gate:
+        """Compute the branch on the samples of ``function.rows(samples, device)`` alone and add it to those.
+
+        ``function`` itself, of the whole branch end, takes over where another gate looks at it too, and in a compiled
+        graph. Both must come to the same.
+        """
+        self._need_end("compute some samples")
+        return self._become(function=function, axes=axes)
 
     def join_by(self, join: Callable[[Tensor, Tensor], Tensor]) -> Gate:
         """Let ``join(shortcut, branch_end)`` take the place of the addition."""
@@ -103,22 +130,23 @@ class Gate:
             raise AttachError(f"Cannot {what} of {self.block.name!r}: {self.block.reason}. It can be closed.")
 
     def _become(self, **state: Any) -> Gate:
-        self.is_closed, self.function, self.join = False, None, None
+        self.is_closed, self.function, self.join, self.axes = False, None, None, None
         self.__dict__.update(state)
         self.changes = self.function is not None or self.join is not None
+        self.takes_over = self.is_closed or self.axes is not None
         self.version += 1
         return self
 
     def shuts(self) -> bool:
-        """Whether a module of the branch that is called now must not run. Notes the forward pass."""
+        """Whether a module of the branch that is called now must not simply run. Notes the forward pass."""
         if is_dynamo_compiling():
             _traced()
             # The mode first: what is compiled for evaluation must not depend on training's draws.
             return self.acts and self.is_closed
         self.note_forward()
-        if not self.is_closed or not self.acts:
+        if not self.takes_over or not self.acts:
             return False
-        self.served = True
+        self.served |= self.is_closed
         return True
 
     def note_forward(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from resect.blocks.inflight import InFlight
 
@@ -105,6 +105,19 @@ def paths_of(template: Any, at: Path = ()) -> list[Path]:
     return [path for place, item in enumerate(items) for path in paths_of(item, (*at, place))]
 
 
+def handed_on(template: Any, at: Path = ()) -> list[tuple[Path, Path]]:
+    """Return, of every argument that a module hands on, its path in the output and in what was given."""
+    if template == "absent" or template is None or template[0] == "value":
+        return []
+    kind, *items = template
+    if kind == "given":
+        return [(at, tuple(items))]
+    if kind == "dict":
+        return [pair for key, value in items[1:] for pair in handed_on(value, (*at, key))]
+    items = items[1:] if kind == "named" else items
+    return [pair for place, item in enumerate(items) for pair in handed_on(item, (*at, place))]
+
+
 def replaced(output: Any, at: Path, value: Any) -> Any:
     """Return an output with another value at a path; the containers on the way are new."""
     if not at:
@@ -137,3 +150,17 @@ def tensors_in(value: Any, and_absent: bool = False) -> list[Any]:
         leaves = tree_leaves(value, is_leaf=dataclasses.is_dataclass)
         inside = [leaf for leaf in leaves if leaf is not value]
     return [tensor for item in inside for tensor in tensors_in(item, and_absent)]
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return nested containers, dataclasses included, with ``function`` of every tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+
+    def leaf(inside: Any) -> Any:
+        if not dataclasses.is_dataclass(inside) or isinstance(inside, type):
+            return function(inside) if isinstance(inside, Tensor) else inside
+        fields = [field.name for field in dataclasses.fields(inside) if field.init]
+        return dataclasses.replace(inside, **{name: map_tensors(getattr(inside, name), function) for name in fields})
+
+    return tree_map(leaf, value)

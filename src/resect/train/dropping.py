@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resect.blocks.axes import Axes
 from resect.blocks.example import device_of
 from resect.blocks.gate import Gates, Which
 from resect.blocks.state import Gate
 from resect.errors import check_all
 from resect.train.fold import fold
 from resect.train.freeze import Parts
-from resect.train.masks import DropSamples, SampleMasks
+from resect.train.masks import Compute, DropSamples, SampleMasks, check_batch_first
 from resect.train.method import Method
 from resect.train.own_drop import OwnDrop, take_over
 from resect.train.problems import check_ends, choice_problems, count_problems
 from resect.train.schedules import Constant, Rule, Schedule, drop_probs, probability
+from resect.train.subset import norms_of, try_subsets
 
 Scaling = Literal["none", "inverted", "paper"]
 FEW_BLOCKS = 6
+PAYS = 0.1
+"""Below this probability cutting a batch costs about as much as computing the samples that are dropped."""
 
 
 class Dropping(Method):
@@ -39,6 +43,8 @@ class Dropping(Method):
     """
 
     gate_mode = "training"
+    compute: Compute = "auto"
+    """How drop path leaves samples out: see ``StochasticDepth``."""
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class Dropping(Method):
         super().__init__(model, blocks, optimizer)
         self.scaling, self.seed, self.own_drop = scaling, seed, own_drop
         self._eval_gates: Gates | None = None
+        self._subsets: dict[str, Axes | str] = {}
 
     def _check(self, problems: list[str]) -> None:
         """Raise ``InputError`` with all problems: a subclass's own, and those of what is shared."""
@@ -74,6 +81,11 @@ class Dropping(Method):
     def drop_probs(self) -> dict[str, float]:
         """Return per block the probability to be closed, in the current step."""
         return dict(zip(self.blocks.names, self._probs(max(0, self.steps - 1)), strict=True))
+
+    @property
+    def computes(self) -> dict[str, str]:
+        """Return per block how drop path computes it: ``subset``, or ``mask: `` and why. Known once attached."""
+        return {name: f"mask: {found}" if isinstance(found, str) else "subset" for name, found in self._subsets.items()}
 
     def metrics(self) -> dict[str, float]:
         """Return ``open_blocks``: how many blocks were computed in the latest step."""
@@ -115,6 +127,14 @@ class Dropping(Method):
             self._eval_gates = Gates(self.model, self.blocks, holder=self.name, mode="eval")
             undo.callback(self._eval_gates.detach)
             self._scale_eval()
+
+    def _arm_samples(self, gates: Gates) -> None:
+        """Get ready to drop samples: see which branches can be computed on the others alone."""
+        first = check_batch_first(self.model, self.blocks, self.name)
+        self._subsets = try_subsets(self.model, self.blocks, gates, first, self.compute)
+        for place, block in enumerate(self.blocks):
+            # Batch norm cannot normalise a single value.
+            self._masks.least[place] = 2 if norms_of(self.model, block) else 1
 
     def _on_step(self) -> None:
         assert self._gates is not None
@@ -163,10 +183,13 @@ class Dropping(Method):
         """Drop every branch for the samples that ``step`` draws; one that all must drop is not computed."""
         self._masks.begin(probs, self.seed, step, scaled=self.scaling == "inverted")
         for gate, drop, prob in zip(gates, self._drops, probs, strict=True):
+            axes = self._subsets.get(gate.block.name)
             if prob == 0:
                 self._keep(gate, prob)
             elif prob == 1:
                 gate.close()
+            elif isinstance(axes, Axes) and (prob >= PAYS or self.compute == "subset"):
+                gate.apply_on_rows(drop, axes)
             else:
                 gate.apply(drop)
 

@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_leaves
 from resect.blocks.block import Blocks
 from resect.blocks.ranks import least_over_ranks, rank_of_ranks
 from resect.blocks.response import look_on_example
+from resect.blocks.rows import Rows
 from resect.errors import AttachError
 from resect.train.draws import draw_keys, is_dropped
 
 Per = Literal["batch", "sample"]
+Compute = Literal["auto", "subset", "mask"]
 
 
 class SampleMasks:
@@ -33,13 +35,19 @@ class SampleMasks:
         self.rank, self.ranks = rank_of_ranks()
         self.most = torch.zeros((), dtype=torch.int64, device=device)
         """The largest number of samples seen in this step: whatever holds of them all holds of fewer."""
+        self.least = [1] * len(probs)
+        """Per block, on how many samples it is computed at least, be it with a factor of 0."""
+        self._drawn, self._factors = self.keys.cpu(), [1.0] * len(probs)
+        self._rows: dict[tuple[int, torch.device], list[Rows]] = {}
 
     def begin(self, probs: list[float], seed: int, step: int, *, scaled: bool) -> None:
         """Draw for a step. ``scaled``: kept branches are multiplied by 1/(1 − p)."""
         self.probs = probs
-        self.keys.copy_(draw_keys(probs, seed, step), non_blocking=True)
-        scales = [1.0 / (1.0 - prob) if scaled and prob < 1 else 1.0 for prob in probs]
-        self.scales.copy_(torch.tensor(scales, dtype=torch.float64), non_blocking=True)
+        self._drawn = draw_keys(probs, seed, step)
+        self.keys.copy_(self._drawn, non_blocking=True)
+        self._factors = [1.0 / (1.0 - prob) if scaled and prob < 1 else 1.0 for prob in probs]
+        self.scales.copy_(torch.tensor(self._factors, dtype=torch.float64), non_blocking=True)
+        self._rows.clear()
         self.most.zero_()
 
     def dropped(self, place: int, samples: int, device: torch.device) -> Tensor:
@@ -48,8 +56,34 @@ class SampleMasks:
         Sample i of rank r is sample i·N + r of the batch that N ranks share: as ``DistributedSampler`` deals it out.
         """
         self.most.clamp_(min=samples)
-        rows = torch.arange(self.rank, samples * self.ranks, self.ranks, device=device)
-        return is_dropped(self.keys[place].to(device), rows)
+        return is_dropped(self.keys[place].to(device), self._numbers(samples, device))
+
+    def rows(self, place: int, samples: int, device: torch.device) -> Rows:
+        """Return for one block the samples of this process that keep it, with the step's factor.
+
+        All blocks' are drawn at the first call of a step, on the host, so that an accelerator is not waited for.
+        """
+        if (samples, device) not in self._rows:
+            self.most.clamp_(min=samples)
+            self._rows[samples, device] = self._all_rows(samples, device)
+        return self._rows[samples, device][place]
+
+    def _numbers(self, samples: int, device: torch.device | None = None) -> Tensor:
+        return torch.arange(self.rank, samples * self.ranks, self.ranks, device=device)
+
+    def _all_rows(self, samples: int, device: torch.device) -> list[Rows]:
+        dropped = is_dropped(self._drawn.T.unsqueeze(-1), self._numbers(samples))  # (blocks, samples)
+        kept = (~dropped).sum(1).tolist()
+        counts = [min(samples, max(count, least)) for count, least in zip(kept, self.least, strict=True)]
+        order = dropped.to(torch.uint8).argsort(dim=1, stable=True)  # those kept first
+        index = torch.cat([row[:count] for row, count in zip(order, counts, strict=True)]).to(device, non_blocking=True)
+        found = []
+        for at, one in enumerate(index.split(counts)):
+            factor: float | Tensor = self._factors[at]
+            if kept[at] < counts[at]:  # computed for its gradients' sake, zeros as with a mask
+                factor = torch.tensor([factor] * kept[at] + [0.0] * (counts[at] - kept[at]), device=device)
+            found.append(Rows(samples, counts[at], one, factor))
+        return found
 
     def every(self) -> list[bool]:
         """Return per block whether all samples seen in this step, on any rank, drop it; all ranks must call this."""
@@ -73,7 +107,10 @@ def over_samples(mask: Tensor, value: Tensor) -> Tensor:
 
 
 class DropSamples:
-    """The gate function of drop path: 0 for dropped samples, the step's scale times the branch for the others."""
+    """The gate function of drop path: 0 for dropped samples, the step's scale times the branch for the others.
+
+    A gate may compute the branch on the others' ``rows`` alone instead.
+    """
 
     def __init__(self, masks: SampleMasks, place: int) -> None:
         self.masks, self.place = masks, place
@@ -84,11 +121,18 @@ class DropSamples:
         factor = torch.where(dropped, 0.0, self.masks.scales[self.place].to(branch.device, branch.dtype))
         return branch * over_samples(factor, branch)
 
+    def rows(self, samples: int, device: torch.device) -> Rows:
+        """Return the samples that keep the branch, and its factor there."""
+        return self.masks.rows(self.place, samples, device)
 
-def check_batch_first(model: nn.Module, blocks: Blocks, name: str) -> None:
-    """Raise ``AttachError`` if some branch's first dimension is not the batch, as far as the example shows."""
+
+def check_batch_first(model: nn.Module, blocks: Blocks, name: str) -> dict[str, int]:
+    """Raise ``AttachError`` if some branch's first dimension is not the batch, as far as the example shows.
+
+    Return the size of that dimension per block, on the example; nothing where there is none.
+    """
     if blocks.example is None:
-        return
+        return {}
     tensors = [leaf for leaf in tree_leaves((blocks.example.args, blocks.example.kwargs)) if isinstance(leaf, Tensor)]
     samples = {len(tensor) for tensor in tensors if tensor.ndim}
     first = look_on_example(model, blocks, blocks.example, len)
@@ -100,3 +144,4 @@ def check_batch_first(model: nn.Module, blocks: Blocks, name: str) -> None:
             f'{size} for a batch of {max(samples)}. Use per="batch", or leave out such blocks '
             f"({len(wrong)} of {len(first)})."
         )
+    return first

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from resect.blocks.block import Blocks
 from resect.errors import InputError, unknown
+from resect.train.masks import Compute, Per
 
 
 def number_problems(name: str, value: float | Callable[[int], float], low: float = 0, high: float = 1) -> list[str]:
@@ -37,6 +38,14 @@ def count_problems(**counts: tuple[Any, int]) -> list[str]:
         for name, (value, low) in counts.items()
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low
     ]
+
+
+def per_problems(per: Any, compute: Any) -> list[str]:
+    """Say what is wrong with what is drawn for, and with how samples are left out."""
+    problems = choice_problems(per=(per, Per), compute=(compute, Compute))
+    if not problems and per == "batch" and compute != "auto":
+        problems = [f'compute={compute!r} says how samples are left out, so it needs per="sample"']
+    return problems
 
 
 def check_ends(blocks: Blocks, name: str) -> None:

@@ -21,10 +21,10 @@ from resect.train.draws import draw_closed
 from resect.train.dropping import OwnDrop, Scaling, Scheduled
 from resect.train.freeze import Norms, Stillness, check_modes
 from resect.train.hooks import Hook
-from resect.train.masks import Per, check_batch_first
+from resect.train.masks import Compute, Per
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind
-from resect.train.problems import check_ends, choice_problems, count_problems, number_problems
+from resect.train.problems import check_ends, choice_problems, count_problems, number_problems, per_problems
 from resect.train.rates import Rates
 from resect.train.sample_freeze import SampleFreeze
 from resect.train.schedules import Rule, Schedule, as_schedule, rule_problems
@@ -77,7 +77,7 @@ class ResidualDroppath(Scheduled):
     stillness: what a parameter that must not learn gives the optimizer: ``"skip"``: None, nothing moves;
         ``"zero"``: zeros, momentum and weight decay go on (as in Huang's code).
     lr_scale: 1; factor on the learning rate in dropped-only steps. There is one optimizer state.
-    seed, optimizer, own_drop: as for ``StochasticDepth``.
+    compute (of the drop step), seed, optimizer, own_drop: as for ``StochasticDepth``.
 
     Raises
     ------
@@ -100,6 +100,7 @@ class ResidualDroppath(Scheduled):
         drop_prob: float | Schedule = 0.5,
         rule: Rule = "linear",
         per: Per = "batch",
+        compute: Compute = "auto",
         forward: Forward = "full",
         mask: Mask = "same",
         data: Data = "next",
@@ -123,7 +124,6 @@ class ResidualDroppath(Scheduled):
             *number_problems("drop_prob", drop_prob),
             *rule_problems(rule, len(self.blocks)),
             *choice_problems(
-                per=(per, Per),
                 forward=(forward, Forward),
                 mask=(mask, Mask),
                 data=(data, Data),
@@ -133,6 +133,7 @@ class ResidualDroppath(Scheduled):
                 norms=(norms, Norms),
                 stillness=(stillness, Stillness),
             ),
+            *per_problems(per, compute),
             *count_problems(drop_steps=(drop_steps, 1), period=(period, 1), warmup=(warmup, 0)),
             *number_problems("consistency", consistency, 0, float("inf")),
             *number_problems("lr_scale", lr_scale, 0, float("inf")),
@@ -144,7 +145,7 @@ class ResidualDroppath(Scheduled):
         self._check(problems)
         if per == "sample" or backward == "shortcuts":
             check_ends(self.blocks, f"{self.name}(per={per!r}, backward={backward!r})")
-        self.drop_prob, self.rule, self.per = as_schedule(drop_prob), rule, per
+        self.drop_prob, self.rule, self.per, self.compute = as_schedule(drop_prob), rule, per, compute
         self.forward, self.mask, self.data, self.update, self.rest = forward, mask, data, update, rest
         self.backward, self.norms, self.stillness = backward, norms, stillness
         self.alternation = Alternation(warmup, drop_steps, period)
@@ -197,7 +198,7 @@ class ResidualDroppath(Scheduled):
         if self.consistency:
             self._compare.attach(undo)
         if self.per == "sample":
-            check_batch_first(self.model, self.blocks, self.name)
+            self._arm_samples(gates)
             self._split = SampleFreeze(self.model, self.blocks, undo)
 
     def _on_step(self) -> None:
