@@ -89,6 +89,21 @@ def test_with_gradient_checkpointing(name, several):
     small.check_same(several(checkpointed, name), small.alone(name))
 
 
+def compiled(name):
+    net, blocks = small.chain()
+    resect.compile(net, blocks, backend="aot_eager")
+    method = small.METHODS[name](net, blocks)
+    with method:
+        small.train(net, small.wrapped(net), method)
+    return small.weights(net, method)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="resect.compile needs torch 2.15")
+@pytest.mark.parametrize("name", ["StochasticDepth", "EpsilonGate", "EpsilonGate, stream", "ResidualDroppath"])
+def test_compiled_block_by_block(name, two):
+    small.check_same(two(compiled, name), small.alone(name))
+
+
 def resumed(name, first, more):
     """Train, save, and go on with a new net, method and optimizer; return the weights."""
     net, blocks = small.chain()

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.checkpoint import checkpoint
 
 import resect
-from resect.errors import AttachError, BlocksError
+from resect.errors import AttachError
 
 # On CPUs torch shards since 2.7 or so; the oldest torch that is supported has no reduce_scatter there.
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="gloo of this torch does not scatter")
@@ -150,20 +150,23 @@ def closed_differently(attach):
     resect.fully_shard(net, blocks)
     x, _ = small.batch(0)
     expected = net(x)
-    error = ""
-    try:
-        with resect.gates(net, blocks) as gates:
-            gates[dist.get_rank() if attach == "other" else 0].close()
-            net(x)
-    except AttachError as raised:
-        error = str(raised)
-    return error, torch.equal(net(x), expected)
+    net.reshard()
+    error, rank = "", dist.get_rank() if attach == "other" else 0
+    with gathers() as seen:
+        try:
+            with resect.gates(net, blocks) as gates:
+                gates[rank].close()
+                net(x)
+        except AttachError as raised:
+            error = str(raised)
+    return error, len(seen), torch.equal(net(x), expected)
 
 
 def test_lesions_that_differ_between_processes_of_a_sharded_model_raise(three):
-    assert three(closed_differently, "same") == [("", True)] * 3
-    for rank, (error, again) in enumerate(three(closed_differently, "other")):
+    assert three(closed_differently, "same") == [("", 13, True)] * 3
+    for rank, (error, gathered, again) in enumerate(three(closed_differently, "other")):
         assert f"'layers.{rank}/up' here" in error
+        assert not gathered
         assert again
 
 
@@ -360,6 +363,8 @@ def misused(how):
     net, blocks = small.chain()
     if how == "wrapped":
         resect.fully_shard(small.wrapped(net), blocks)
+    if how == "compiled":
+        resect.compile(net, blocks)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with resect.StochasticDepth(net, blocks, optimizer=optimizer) as method:
         resect.fully_shard(net, blocks)
@@ -369,6 +374,8 @@ def misused(how):
             method.begin_step()
     if how == "found late":
         resect.find_blocks(net, torch.randn(8, 2, 5).double())
+    elif how == "compiled late":
+        resect.compile(net, blocks)
     elif how == "removed late":
         resect.remove(net, blocks, blocks.names[0])
 
@@ -378,6 +385,8 @@ MISUSED = {
     "twice": "sharded already",
     "optimizer before": "and after sharding",
     "found late": "Find the blocks before fully_shard",
+    "compiled": "Parts of this Chain are compiled",
+    "compiled late": "sharded by fully_shard",
     "removed late": "Load its full state dict",
 }
 
@@ -385,7 +394,7 @@ MISUSED = {
 def message(how):
     try:
         misused(how)
-    except (AttachError, BlocksError) as error:
+    except resect.ResectError as error:
         return str(error)
     return "nothing was raised"
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.gate import Which, held, resolve
+from resect.blocks.units import is_sharded
 from resect.blocks.unwrap import is_compiled, is_wrapped_compiled, unwrap
 from resect.errors import AttachError, InputError, quoted
 
@@ -50,7 +51,7 @@ def compile(model: nn.Module, blocks: Which, **options: Any) -> Compiled:
     Raises
     ------
     InputError: torch is older than 2.15 (its limit of 8 graphs holds for all owners of a class together, and what is
-        beyond runs uncompiled without a word), or the model, or part of it, is compiled already.
+        beyond runs uncompiled without a word), or the model, or part of it, is compiled already or sharded.
     AttachError: gates are attached.
 
     >>> resect.compile(model, blocks)
@@ -61,6 +62,11 @@ def compile(model: nn.Module, blocks: Which, **options: Any) -> Compiled:
         raise InputError(
             f"resect.compile needs torch 2.15 or newer, this is {torch.__version__}: there, all owners of one class "
             "share 8 graphs, and what is beyond runs uncompiled without a word. Update torch, or leave this line out."
+        )
+    if is_sharded(model):
+        raise InputError(
+            "This model is sharded by fully_shard (FSDP2), whose hooks run between the parts of a block and fit in no "
+            "graph. Leave out the one or the other."
         )
     if is_wrapped_compiled(model):
         raise InputError("This model is wrapped by torch.compile. Pass the model itself: resect.compile(model, …).")

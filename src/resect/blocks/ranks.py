@@ -35,9 +35,10 @@ def gathered(value: Tensor) -> Tensor:
     """
     if not several_ranks():
         return value[None]
-    everyones = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyones, value.detach().contiguous())
-    return torch.stack(everyones)
+    flat = value.detach().reshape(-1)  # a compiled exchange of a tensor without dimensions fails
+    everyones = [torch.empty_like(flat) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyones, flat)
+    return torch.stack(everyones).reshape(-1, *value.shape)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Which, resolve
 from resect.blocks.units import is_sharded
-from resect.blocks.unwrap import unwrap
+from resect.blocks.unwrap import is_compiled, unwrap
 from resect.errors import AttachError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,7 +26,7 @@ def fully_shard(model: Model, blocks: Which, **options: Any) -> Model:
 
     Parameters
     ----------
-    model: the model itself, before ``torch.compile`` and any wrapper. It is changed in place. Methods may be
+    model: the model itself, in no wrapper and not compiled. It is changed in place. Methods may be
         attached before or after; make the optimizer after.
     blocks: its blocks; find them before.
     options: of ``torch.distributed.fsdp.fully_shard``, for every unit: ``mesh``, ``mp_policy``,
@@ -34,7 +34,7 @@ def fully_shard(model: Model, blocks: Which, **options: Any) -> Model:
 
     Returns the model.
 
-    Raises ``AttachError`` for a model that is wrapped or sharded already.
+    Raises ``AttachError`` for a model that is wrapped, compiled or sharded already.
 
     >>> blocks = resect.find_blocks(model, example)
     >>> resect.fully_shard(model, blocks)
@@ -45,7 +45,12 @@ def fully_shard(model: Model, blocks: Which, **options: Any) -> Model:
     if unwrap(model) is not model:
         raise AttachError(
             f"resect.fully_shard takes the model itself, not inside a {type(model).__name__}: shard it first; "
-            "DistributedDataParallel is not needed then, and torch.compile comes after."
+            "DistributedDataParallel is not needed then."
+        )
+    if any(is_compiled(module) for module in model.modules()):
+        raise AttachError(
+            f"Parts of this {type(model).__name__} are compiled, and the hooks by which FSDP2 gathers fit in no graph. "
+            "Leave out the one or the other."
         )
     if is_sharded(model):
         raise AttachError(f"This {type(model).__name__} is sharded already. Build it anew, and shard that.")

@@ -12,7 +12,6 @@ from resect.blocks.example import Example
 from resect.blocks.gate import gates
 from resect.blocks.modes import kept_modes
 from resect.blocks.response import watch
-from resect.blocks.units import reshard
 from resect.errors import InputError, ProofError
 
 
@@ -63,7 +62,6 @@ def _branch_end(model: nn.Module, block: ResidualBlock, example: Example) -> Ten
     with kept_modes(model), torch.no_grad(), torch.random.fork_rng(), gates(model, block) as gate:
         seen: dict[str, Tensor] = watch(gate, lambda branch: branch.detach().clone())
         example.run(model.eval())
-    reshard(model)  # or the weights that follow would be copies for this one pass
     return seen[block.name]
 
 
