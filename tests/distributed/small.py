@@ -69,6 +69,9 @@ UNIFORM = {"drop_prob": 0.5, "rule": "uniform"}
 METHODS: dict[str, Callable[..., Any]] = {
     "StochasticDepth": lambda net, blocks: resect.StochasticDepth(net, blocks, **UNIFORM),
     "StochasticDepth, per sample": lambda net, blocks: resect.StochasticDepth(net, blocks, per="sample", **UNIFORM),
+    "StochasticDepth, subset": lambda net, blocks: resect.StochasticDepth(
+        net, blocks, per="sample", compute="subset", drop_prob=0.8, rule="uniform"
+    ),
     "ResidualDroppath": lambda net, blocks: resect.ResidualDroppath(net, blocks, **UNIFORM),
     "ResidualDroppath, zeros": lambda net, blocks: resect.ResidualDroppath(net, blocks, stillness="zero", **UNIFORM),
     "ResidualDroppath, per sample": lambda net, blocks: resect.ResidualDroppath(net, blocks, per="sample", **UNIFORM),
