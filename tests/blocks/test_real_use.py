@@ -828,7 +828,6 @@ def test_a_wrapper_compiled_before_follows_gates_on_the_root(build):
         assert torch.equal(compiled(x), net.without(x, 0))
 
 
-@pytest.mark.xfail(strict=True, reason="a wrapper made meanwhile holds the root's swapped __call__")
 @pytest.mark.parametrize("build", [Shared, Raw])
 def test_a_wrapper_compiled_meanwhile_outlives_the_gates(build):
     torch._dynamo.reset()

@@ -2,16 +2,20 @@
 
 import json
 import math
+from functools import partial
+from inspect import signature
 
 import pytest
 import torch
 from tiny_runs import FakeMethod, Stop, stop_after, tiny
 from torch import nn
 
+import resect
 from resect.errors import InputError
 from resect.lab import pace
 from resect.lab.pace import Pace
 from resect.lab.trainer import train
+from resect.train.warmup import Warmable
 
 IMAGES, LABELS = torch.randn(8, 1, 8, 8), torch.arange(8)
 
@@ -142,7 +146,19 @@ def test_a_resume_keeps_the_choice_and_does_not_measure(tmp_path, monkeypatch):
     assert (metrics["precision"], metrics["channels_last"], metrics["compile"]) == ("bf16", True, False)
 
 
-def test_compile_with_a_method_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"train\.compile = true does not go with a method"):
+@pytest.mark.skipif("isolate_recompiles" not in signature(torch.compile).parameters, reason="an older torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks, and hides it
+def test_with_a_method_the_net_is_compiled_block_by_block_before_the_first_step(tmp_path, monkeypatch):
+    plain = train(tiny(method=True, compile=False), tmp_path / "plain")
+    graphs, warmup = [], Warmable.warmup
+    monkeypatch.setattr(resect, "compile", partial(resect.compile, backend="eager"))
+    monkeypatch.setattr(Warmable, "warmup", lambda *given: graphs.append(warmup(*given)))
+    run = train(tiny(method=True, compile=True), tmp_path / "run")
+    assert graphs[0] >= 2 * len(run.method.blocks), "in train and in eval mode"
+    one, other = plain.model.state_dict(), run.model.state_dict()
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_a_method_of_ones_own_is_not_compiled(tmp_path):
+    with pytest.raises(InputError, match="compile = true does not go with a FakeMethod"):
         train(tiny(method=True, compile=True), tmp_path / "run", method_factory=FakeMethod)
-    assert not list(tmp_path.iterdir())

@@ -197,6 +197,12 @@ def test_warm_up_leaves_no_trace(name):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
+def test_there_are_as_few_graphs_as_states():
+    net, _, x, blocks, _ = pair()
+    with resect.StochasticDepth(net, blocks) as method:
+        assert method.warmup(x) == (2 + 1) + (4 + 1), "open and closed for every block, and one in eval mode"
+
+
 def test_warm_up_says_when_it_is_not_its_time():
     net, other, x, blocks, _ = pair()
     method = resect.StochasticDepth(net, blocks)

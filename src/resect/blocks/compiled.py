@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def compile(model: nn.Module, blocks: Which, **options: Any) -> Compiled:
     A gate that opens or closes changes the code that runs. A model compiled as a whole has as many states as there
     are subsets of its blocks, and would be compiled in nearly every step; one owner has two or four, which
     ``method.warmup(batch)`` compiles beforehand. What is between the owners (stem, pooling, head) runs as written.
+    Torch's cap on the graphs of one function, which all owners of a class share, is raised for this process.
 
     Parameters
     ----------
@@ -77,6 +79,8 @@ def compile(model: nn.Module, blocks: Which, **options: Any) -> Compiled:
     owners = by_owner(blocks)
     eager = {owner: why for owner in owners if (why := _why_not(owner, owners))}
     compiled = tuple(owner for owner in owners if owner not in eager)
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, GRAPHS * len(owners))
     chosen = {"fullgraph": True, "recompile_limit": GRAPHS} | options
     for owner in compiled:
         model.get_submodule(owner).compile(isolate_recompiles=True, **chosen)

@@ -149,7 +149,9 @@ class Intercepted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module unless a gate is closed; at the branch end, let the gates act."""
-        port: Port = self.__dict__[PORT]  # what follows costs every open module 1 to 2 µs a call: keep it short
+        port: Port | None = self.__dict__.get(PORT)  # all of this costs an open module 1 to 2 µs a call: keep it short
+        if port is None:  # somebody kept this method when there was a gate: torch.compile(model), made meanwhile
+            return type(self).__call__(self, *args, **kwargs)
         call = port.next_call() if port.counted else None
         for part in port.parts:
             if part.call is None or part.call == call:

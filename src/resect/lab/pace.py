@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import resect
 from resect.errors import InputError, ResectError
 from resect.lab.config.train import TrainConfig
+from resect.lab.methods import NoMethod
 from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
+from resect.train.warmup import Warmable
 
 Say = Callable[[str], None]
 
@@ -50,13 +53,18 @@ class Pace:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def check(recipe: Recipe) -> None:
-    """Raise `InputError` for a method that compiling would not follow."""
-    if recipe.train.compile is True and recipe.method is not None:
-        raise InputError(
-            "train.compile = true does not go with a method yet: a method opens and closes blocks between steps, "
-            'and each change would compile the net again. Set train.compile to "auto" or false.'
-        )
+def compiled(net: nn.Module, model: nn.Module, method: Any) -> nn.Module:
+    """``net``, compiled: as a whole, or with a method in place, block by block.
+
+    Raises `InputError` for a method that compiling would not follow, or a torch that is too old.
+    """
+    if isinstance(method, NoMethod):
+        whole: Any = torch.compile(net)
+        return whole
+    if not isinstance(method, Warmable):
+        raise InputError(f"train.compile = true does not go with a {type(method).__name__}. Set it to false.")
+    resect.compile(model, method.blocks)
+    return net
 
 
 def choose(recipe: Recipe, model: nn.Module, images: Tensor, labels: Tensor, steps: int, say: Say) -> Pace:
@@ -64,7 +72,7 @@ def choose(recipe: Recipe, model: nn.Module, images: Tensor, labels: Tensor, ste
 
     Every way in question takes a few training steps on ``images`` (N, C, H, W), normalised, and ``labels``
     (N,), in turns; its least time counts. They train a copy: the model and the random numbers stay as they are.
-    A way that fails here is out. Compiling is tried last, never with a method, and only for a training of half
+    A way that fails here is out. Compiling is tried last, not with a method, and only for a training of half
     an hour or more; the time it takes counts. ``say`` is told what was found.
     """
     config = recipe.train

@@ -19,6 +19,7 @@ from resect.lab.evaluate import check_fit
 from resect.lab.methods import MakeMethod, Method, NoMethod
 from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
+from resect.train.warmup import Warmable
 
 CHECKPOINT_SHARE = 0.05  # of the training time; a checkpoint that would cost more waits
 
@@ -111,8 +112,16 @@ def start(
         scheduler = resect.AdaptiveLR(optimizer, method)
     net, optimizer = accelerator.prepare(model, optimizer)
     if chosen.compile:
-        net = torch.compile(net)
+        net = pace.compiled(net, model, method)
     return Session(recipe, accelerator, chosen, model, net, optimizer, method, source, scheduler)
+
+
+def warm_up(session: Session) -> None:
+    """Compile what the attached method will do to the blocks; nothing where the net is not compiled block by block."""
+    if session.pace.compile and isinstance(session.method, Warmable):
+        config = session.recipe.train
+        with session.autocast():
+            session.method.warmup(session.source.example(-(-config.batch_size // config.accumulate)))
 
 
 def restore(session: Session, saved: dict[str, Any]) -> None:

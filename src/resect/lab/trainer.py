@@ -23,7 +23,7 @@ from resect.lab.interrupt import Interrupted, stop_signals
 from resect.lab.methods import MakeMethod, Method, leaves_out, make_method, make_permanent
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe
-from resect.lab.session import Session, restore, save, start
+from resect.lab.session import Session, restore, save, start, warm_up
 from resect.lab.steps import check_losses, check_weights, train_step
 
 LOOK_EVERY = 50  # steps between looks at the losses: each look waits for the device
@@ -77,7 +77,6 @@ def train(
         ResectError: the loss or a weight is no longer finite; the last good checkpoint stays.
     """
     folder = Path(folder)
-    pace.check(recipe)
     with runs.run_folder(folder):
         saved = runs.begin(folder, recipe, resume)
         data = data or open_data(recipe.data.name, **recipe.data.options)
@@ -90,6 +89,7 @@ def train(
             with kept_modes(model):
                 session = start(recipe, accelerator, model, data, method_factory, saved, say)
                 with session.method, stop_signals(interruptible) as stopped, pace.explained(session.pace):
+                    warm_up(session)
                     if saved:
                         restore(session, saved)
                     try:

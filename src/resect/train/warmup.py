@@ -71,7 +71,6 @@ class Warmable:
 
 def warm_up(method: Warmable, batch: Any, forward: Forward) -> int:
     """Run ``batch`` through every state; return how many graphs were compiled."""
-    from torch._dynamo import config
     from torch._dynamo.utils import counters
 
     model = method.model
@@ -82,8 +81,7 @@ def warm_up(method: Warmable, batch: Any, forward: Forward) -> int:
             "resect.compile(model, blocks) before the method is attached."
         )
     before = counters["stats"]["unique_graphs"]
-    # All owners of one class share a function, and torch caps the graphs of a function.
-    with untouched(method, model), config.patch(accumulated_recompile_limit=1 << 20):
+    with untouched(method, model):
         if not model.training:
             model.train()
         late = [] if _always_needed(method, model, owners, batch, forward) else [False, True]
