@@ -266,6 +266,9 @@ def test_rows_are_drawn_as_the_mask_is():
         assert rows.index.tolist() == (~dropped).nonzero().squeeze(1).tolist()
         assert (rows.samples, rows.count, rows.factor) == (11, len(rows.index), 1 / (1 - probs[place]))
         assert rows is masks.rows(place, 11, torch.device("cpu")), "one object for a whole forward pass"
+    masks.begin([0.5, 1 - 1e-9, 0.5], 5, 7, scaled=True)
+    rows = masks.rows(1, 11, torch.device("cpu"))
+    assert (rows.count, rows.index.tolist(), rows.factor.tolist()) == (1, [0], [0.0])
 
 
 def test_batch_norm_is_masked_unless_asked_and_then_sees_the_kept_samples_alone():
@@ -310,7 +313,15 @@ class Conditioned(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.mix, self.scale = nn.LayerNorm(WIDTH), self.Mix(), nn.Parameter(torch.ones(WIDTH))
+        self.first, self.mix, self.scale = self.First(), self.Mix(), nn.Parameter(torch.ones(WIDTH))
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x, tokens):
+            return self.norm(x) * tokens.cos()
 
     class Mix(nn.Module):
         def __init__(self):
@@ -322,7 +333,7 @@ class Conditioned(nn.Module):
             return self.f(h * tokens) @ table, {"seen": tokens}
 
     def forward(self, x, table, tokens):
-        h = self.norm(x) * tokens.sigmoid()
+        h = self.first(x, tokens) * tokens.sigmoid()
         return x + self.scale * self.mix(h, table, extra={"tokens": (tokens,)})[0]
 
 
@@ -355,12 +366,15 @@ def test_a_first_dimension_that_equals_the_batch_by_accident_is_left_alone(sampl
         assert how == "subset" if samples != WIDTH else "cannot be tried" in how, "then the example cannot be resized"
 
 
-def test_what_was_one_row_on_the_example_may_be_one_per_sample_later():
+@pytest.mark.parametrize("first", [1, 3])
+def test_what_was_one_row_on_the_example_may_be_one_per_sample_later_and_the_reverse(first):
     torch.manual_seed(0)
     net, table = ConditionedNet(), torch.randn(WIDTH, WIDTH) / 4
-    blocks = resect.find_blocks(net.eval(), (torch.randn(3, WIDTH), table, torch.randn(1, WIDTH)))
+    blocks = resect.find_blocks(net.eval(), (torch.randn(3, WIDTH), table, torch.randn(first, WIDTH)))
     for n in (2, 5, 7):
-        check(net.train(), blocks, (torch.randn(n, WIDTH), table, torch.randn(n, WIDTH)), seed=n)
+        then = torch.randn(n if first == 1 else 1, WIDTH)
+        found = check(net.train(), blocks, (torch.randn(n, WIDTH), table, then), seed=n)
+        assert set(found.values()) == {"subset"}
 
 
 class MeetsMask(nn.Module):
@@ -460,12 +474,16 @@ class KeepsCount(Each):
 
 
 class InPlaceInside(Each):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+
     def forward(self, x):
-        h = self.norm(x)
-        h.add_(1.0)
+        h = self.norm(x) * 2
         h.mul_(h.new_tensor(0.5))
-        h.add_(x)  # an addition in the branch whose result is dropped
-        return x + self.down(F.gelu(self.up(h)))
+        h = self.down(F.gelu(self.up(h)))
+        h.add_(self.shift)  # an addition in the branch whose result is dropped
+        return x + h
 
 
 class InPlace(Each):
@@ -473,6 +491,37 @@ class InPlace(Each):
         out = 2 * x
         out += self.down(F.gelu(self.up(self.norm(x))))
         return out
+
+
+class OnlyInEval(Each):
+    def forward(self, x):
+        return x if self.training else super().forward(x)
+
+
+class InPlaceMinus(Each):
+    def forward(self, x):
+        out = 2 * x
+        out -= self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+class AsksWhetherTheSame(nn.Module):
+    """As attention does of its query and key."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = self.Asks()
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, query, key):
+            return self.a(query) if query is key else self.b(query)
+
+    def forward(self, x):
+        return x + self.f(x, x)
 
 
 class OneForAll(Each):
@@ -489,11 +538,14 @@ class OneForAll(Each):
         (OwnLength, None),
         (InPlaceInside, None),
         (InPlace, None),
+        (InPlaceMinus, None),
+        (AsksWhetherTheSame, None),
         (OneForAll, None),
         (ViewsWithTheBatch, "shape"),
         (Coupled, "is not what the mask gives"),
         (Closure, "some samples"),
         (KeepsCount, "buffer"),
+        (OnlyInEval, "did not run"),
     ],
 )
 def test_hostile_branches_are_right_or_masked_with_a_reason(layer, reason):
@@ -675,3 +727,7 @@ def test_compiled_code_uses_the_mask_and_says_so():
             layer.compile(backend="eager")
         torch._dynamo.reset()
         assert torch.allclose(late(x), expected, atol=1e-6)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                attached.begin_step()
+                late(x)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from resect.blocks.inflight import InFlight
 from resect.blocks.rows import Rows
 
 Place = tuple[Any, ...]
@@ -76,6 +77,11 @@ def arguments(where: Place, args: Any, kwargs: Any) -> list[tuple[Place, Any]]:
     """Return every leaf of a call's arguments with its place."""
     found: list[tuple[Place, Any]] = []
     for name, value in (*enumerate(args), *kwargs.items()):
-        for number, leaf in enumerate(tree_leaves(value)):
+        for number, leaf in enumerate([value] if is_leaf(value) else tree_leaves(value)):
             found.append(((*where, name, number, leaf.ndim if isinstance(leaf, Tensor) else None), leaf))
     return found
+
+
+def is_leaf(argument: Any) -> bool:
+    """Whether an argument is, at a glance, no container."""
+    return argument is None or isinstance(argument, (Tensor, InFlight, bool, int, float, str))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from resect.blocks.axes import Axes, Place, arguments
+from resect.blocks.axes import Axes, Place, arguments, is_leaf
 from resect.blocks.carried import Carried, is_in_place
 from resect.blocks.inflight import AbsentError, InFlight
 from resect.blocks.rows import Rows
@@ -59,21 +59,29 @@ def call_on_rows(
     A module that is given nothing of the batch (a table of positions) runs as it is.
     """
     leaves = arguments(where, args, kwargs)
-    rows = next((leaf.rows for _, leaf in leaves if isinstance(leaf, Cut)), None)
+    flying: list[Any] = [leaf for _, leaf in leaves if isinstance(leaf, InFlight)]
+    if any(not isinstance(leaf, Cut) or leaf.axes is not axes or leaf.rows is not flying[0].rows for leaf in flying):
+        raise AbsentError(f"a value of another branch, which was not computed in full, enters {where[0]!r}")
+    rows = flying[0].rows if flying else _rows_of(leaves, where, rows_of, axes)
     if rows is None:
-        tensors = [(place, leaf) for place, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-        found = {(size, leaf.device) for place, leaf in tensors if (size := axes.samples(place, leaf)) is not None}
-        if len({size for size, _ in found}) > 1 or not (found or all(axes.known(place) for place, _ in tensors)):
-            raise AttachError(
-                f"{where[0]!r} is called with {[tuple(leaf.shape) for _, leaf in tensors]}, otherwise than on the "
-                'example, so the samples that it drops cannot be left out. Use compute="mask", or find the blocks on '
-                "an example like the batches."
-            )
-        if not found:
-            return function(*args, **kwargs)
-        rows = rows_of(*next(iter(found)))
+        return function(*args, **kwargs)
     output = on_rows(function, where, rows, axes, args, kwargs)
     return map_tensors(output, lambda value: Cut(value, rows, pending, axes))
+
+
+def _rows_of(leaves: list[tuple[Place, Any]], where: Place, rows_of: Callable[[int, Any], Rows], axes: Axes) -> Any:
+    """Return the rows for a module that is given whole tensors; None if nothing of them is of the batch."""
+    tensors = [(place, leaf) for place, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    found = {size: leaf.device for place, leaf in tensors if (size := axes.samples(place, leaf)) is not None}
+    if len(found) > 1:
+        found.pop(1, None)  # one row for all samples
+    if len(found) > 1 or not (found or all(axes.known(place) for place, _ in tensors)):
+        raise AttachError(
+            f"{where[0]!r} is called with {[tuple(leaf.shape) for _, leaf in tensors]}, otherwise than on the example, "
+            'so the samples that it drops cannot be left out. Use compute="mask", or find the blocks on an example '
+            "like the batches."
+        )
+    return rows_of(*found.popitem()) if found else None
 
 
 def on_rows(function: Callable[..., Any], where: Place, rows: Rows, axes: Axes, args: Any, kwargs: Any) -> Any:
@@ -82,7 +90,6 @@ def on_rows(function: Callable[..., Any], where: Place, rows: Rows, axes: Axes, 
     Where it cannot be told whether one of those has a batch axis, the function runs on as many samples as they have:
     what is computed then is what is right either way.
     """
-    spec = tree_flatten((args, kwargs))[1]
     leaves = arguments(where, args, kwargs)
     each = [axes.each(place, leaf, rows) if isinstance(leaf, Tensor) else 0 for place, leaf in leaves]
     whole = None in each and rows.count != rows.samples
@@ -98,8 +105,12 @@ def on_rows(function: Callable[..., Any], where: Place, rows: Rows, axes: Axes, 
             taken[id(leaf)] = rows.take(leaf, each)
         return taken[id(leaf)]
 
-    args, kwargs = tree_unflatten([given(leaf, count) for (_, leaf), count in zip(leaves, each, strict=True)], spec)
-    output = function(*args, **kwargs)
+    values = iter([given(leaf, count) for (_, leaf), count in zip(leaves, each, strict=True)])
+
+    def rebuilt(argument: Any) -> Any:
+        return next(values) if is_leaf(argument) else tree_map(lambda _: next(values), argument)
+
+    output = function(*[rebuilt(value) for value in args], **{name: rebuilt(value) for name, value in kwargs.items()})
     if not whole:
         return output
     return map_tensors(output, lambda value: rows.take(value) if value.ndim and len(value) == rows.samples else value)

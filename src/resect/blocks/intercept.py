@@ -157,7 +157,9 @@ class Intercepted:
             if part.call is None or part.call == call:
                 for gate in part.gates:
                     if gate.shuts():
-                        return part.instead(self, functools.partial(self._framed, port, call), args, kwargs)
+                        framed = port.frames or port.counters or port.fast_path_off
+                        run = functools.partial(self._framed, port, call) if framed else super().__call__  # type: ignore[misc]
+                        return part.instead(self, run, args, kwargs)
         if port.frames or port.counters or port.fast_path_off:
             output = self._framed(port, call, *args, **kwargs)
         else:

@@ -46,11 +46,13 @@ class Rows:
         """Return ``other`` with ``factor · branch`` added to these rows: one pass over the memory of the sum."""
         shape = self._shape(other, branch)
         dtype = torch.result_type(other, branch)
-        other = other.to(dtype).expand(shape)
+        other = other.to(dtype) if other.shape == shape else other.to(dtype).expand(shape)
         if self.count == self.samples:
             return torch.add(other, self._scaled(branch))
         alpha, branch = self._alpha(branch)
-        branch = branch.to(dtype).expand(self.count, *shape[1:])
+        branch = branch.to(dtype)
+        if branch.shape[1:] != shape[1:]:
+            branch = branch.expand(self.count, *shape[1:])
         return _by_memory(lambda one, two: one.index_add(0, self.index.to(one.device), two, alpha=alpha), other, branch)
 
     def join_(self, other: Tensor, branch: Tensor, sign: float) -> Tensor:
@@ -63,6 +65,8 @@ class Rows:
 
     def _shape(self, other: Tensor, branch: Tensor) -> torch.Size:
         """Return the shape of the sum over all samples; raises if the branch has other rows than these."""
+        if other.shape == (self.samples, *branch.shape[1:]) and len(branch) == self.count:
+            return other.shape
         try:
             shape = torch.broadcast_shapes(other.shape, (self.samples, *branch.shape[1:]))
         except RuntimeError:

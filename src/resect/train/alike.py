@@ -56,7 +56,7 @@ def difference(expected: dict[str, list[Tensor | None]], found: dict[str, list[T
                     return f"{name} is not there, or of another shape"
                 continue
             relative, absolute = _allowed(name, one.dtype)
-            apart = _size(one.double() - other.double())
+            apart = _size(one - other)
             if not apart <= relative * _size(one) + absolute * largest:
                 return f"{name} is off by {apart / max(_size(one), 1e-30):.2g} of its size"
     return ""
@@ -70,4 +70,5 @@ def _allowed(name: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _size(value: Tensor) -> float:
-    return float(torch.linalg.vector_norm(value.double()))
+    value = value if value.is_floating_point() else value.double()
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
