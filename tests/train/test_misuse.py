@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -394,3 +395,31 @@ def test_wrong_arguments_are_explained():
     with pytest.raises(InputError, match="follows an EpsilonGate, not a StochasticDepth"):
         resect.AdaptiveLR(sgd(net), resect.StochasticDepth(net, blocks))
     assert repr(resect.StochasticDepth(net, blocks)) == "<StochasticDepth on 7 blocks, 0 steps, not attached>"
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"seed": 1}, "seed was 0, and is 1"),
+        ({"drop_prob": 0.4}, "drop_prob was Constant(value=0.5), and is Constant(value=0.4)"),
+        ({"per": "sample", "rule": "uniform"}, "per was 'batch', and is 'sample'"),
+    ],
+)
+def test_a_state_of_a_method_made_otherwise_is_refused(other, says):
+    net, _, blocks = chain()
+    method = resect.StochasticDepth(net, blocks)
+    state = json.loads(json.dumps(method.state_dict() | {"steps": 3}))
+    changed = resect.StochasticDepth(net, blocks, **other)
+    with pytest.raises(InputError, match="made otherwise") as error:
+        changed.load_state_dict(state)
+    assert says in str(error.value)
+    assert changed.steps == 0
+    changed.load_state_dict(state | {"options": changed.state_dict()["options"]})
+    assert changed.steps == 3
+    with pytest.raises(InputError, match="method was StochasticDepth, and is EffectivePaths"):
+        resect.EffectivePaths(net, blocks, keep=3).load_state_dict(state)
+    with pytest.raises(InputError, match=r"it had 7 blocks .*layers.0.* and has 6"):
+        resect.StochasticDepth(net, blocks[1:]).load_state_dict(state)
+    again = resect.StochasticDepth(net, blocks, own_drop="replace")
+    again.load_state_dict(state)
+    assert again.steps == 3

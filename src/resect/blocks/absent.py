@@ -12,8 +12,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.blocks.block import ResidualBlock
@@ -246,14 +247,20 @@ class _OnMeta(TorchFunctionMode):
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor: one whose data is copied when either is first written, where torch offers that.
+    """Return a copy of a tensor: one whose data is copied when either is first written, where that is safe.
 
-    Most sums are never written, and then a closed block moves no data at all.
+    Most sums are never written, and then a closed block moves no data at all. Only values made in this forward pass
+    are shared like that: others may hold the memory of an input or a parameter (numpy, another process), and on an
+    accelerator other streams.
     """
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if not plain or transformed or tensor.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return tensor.clone()  # what is recorded here may have to run elsewhere
+    made = tensor._base if tensor._base is not None else tensor
+    known = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not known or made.grad_fn is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return tensor.clone()
+    if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes:
+        return tensor.clone()  # a slice would keep the whole
     lazily: Tensor = torch._lazy_clone(tensor)
     return lazily
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates, Which, gates
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.unwrap import eager
 
 Seen = TypeVar("Seen")
@@ -99,15 +99,13 @@ def look_on_example(
     ``relative``: max|f| in units of the stream's size instead. Buffers, modes and random numbers are as before
     afterwards. An example too small for batch statistics is run in eval mode.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(), eager(), gates(model, which) as watched:
+    with (
+        kept_modes(model), kept_buffers(model), torch.no_grad(), torch.random.fork_rng(), eager(),
+        gates(model, which) as watched,
+    ):  # fmt: skip
         seen = watch_sums(watched) if relative else watch(watched, look)
         try:
-            try:
-                example.run(model.train())
-            except ValueError:  # batch norm: more than one value per channel, please
-                example.run(model.eval())
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            example.run(model.train())
+        except ValueError:  # batch norm: more than one value per channel, please
+            example.run(model.eval())
     return seen

@@ -12,12 +12,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resect.blocks.ranks import meeting_place, said_by_all, several_ranks
-from resect.errors import AttachError, quoted
+from resect.errors import AttachError, InputError, quoted
 from resect.train.draws import draw_closed
 from resect.train.hooks import Hook
 
 _FAILED = "could not"
 _AHEAD = 1000  # steps at which schedules are compared, beside the current one
+_MOVING = {"steps", "plain_steps", "kind"}  # change while training
+_FREE = {
+    "muted_at_start",
+    "own_drop",
+    "compute",
+    "sync",
+}  # may change over a resume: about attaching, or how it is computed
 
 
 @contextmanager
@@ -71,20 +78,48 @@ def _difference(key: str, values: list[Any]) -> str:
 def facts(method: Any) -> dict[str, Any]:
     """Return what must be the same on every process, as JSON: blocks, options, seed, step, draws."""
     drawn = draw_closed([0.5] * 64, getattr(method, "seed", 0), method.steps)  # another torch may draw otherwise
-    found = {"method": method.name, "blocks": method.blocks.names, "draws": "".join("01"[bit] for bit in drawn)}
+    found = options(method, method.steps) | {"draws": "".join("01"[bit] for bit in drawn)}
+    for name in _MOVING & vars(method).keys():
+        found[name] = repr(getattr(method, name))
+    if hasattr(method, "muted_steps"):
+        found["muted_steps"] = [f"{block}: {steps}" for block, steps in method.muted_steps().items()]
+    return found
+
+
+def options(method: Any, step: int = 0) -> dict[str, Any]:
+    """Return what a method was made with, as JSON; schedules by their values at ``step`` and 1000 steps later."""
+    found: dict[str, Any] = {"method": method.name, "blocks": method.blocks.names}
     for name, value in vars(method).items():
-        if name.startswith("_") or isinstance(value, nn.Module):
+        if name.startswith("_") or name in _MOVING or name == "optimizer" or isinstance(value, nn.Module):
             continue
         if dataclasses.is_dataclass(value):
             found[name] = repr(value)
         elif callable(value):  # a schedule of the user's own
-            ahead = (method.steps, method.steps + _AHEAD)
-            found[name] = ", ".join(f"{float(value(step)):g} at step {step}" for step in ahead)
+            found[name] = ", ".join(f"{float(value(at)):g} at step {at}" for at in (step, step + _AHEAD))
         elif isinstance(value, (str, bool, int, float, tuple, list, type(None))):
             found[name] = repr(value)
-    if hasattr(method, "muted_steps"):
-        found["muted_steps"] = [f"{block}: {steps}" for block, steps in method.muted_steps().items()]
     return found
+
+
+def check_options(method: Any, saved: dict[str, Any]) -> None:
+    """Raise ``InputError`` if a state was saved by a method that was made otherwise: it would not go on exactly."""
+    now = options(method)
+    differing = [key for key in now | saved if key not in _FREE and now.get(key) != saved.get(key)]
+    if differing:
+        differing = ["method"] if "method" in differing else differing
+        found = "; ".join(_changed(key, saved.get(key), now.get(key)) for key in differing)
+        raise InputError(
+            f"This state was saved by a method that was made otherwise: {found}. Make the method as it "
+            "was. To go on with other options on purpose, take over the steps alone: method.load_state_dict("
+            'state | {"options": method.state_dict()["options"]}).'
+        )
+
+
+def _changed(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, list) and isinstance(now, list):
+        more, less = (quoted([x for x in one if x not in other], 3) for one, other in ((now, before), (before, now)))
+        return f"it had {len(before)} {key} (now gone: {less or 'none'}) and has {len(now)} (new: {more or 'none'})"
+    return f"{key} was {before}, and is {now}"
 
 
 def watch_wrapper(method: Any, undo: ExitStack) -> None:

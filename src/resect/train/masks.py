@@ -55,17 +55,25 @@ class SampleMasks:
 
         Sample i of rank r is sample i·N + r of the batch that N ranks share: as ``DistributedSampler`` deals it out.
         """
-        self.most.clamp_(min=samples)
+        self._note(samples)
         return is_dropped(self.keys[place].to(device), self._numbers(samples, device))
+
+    def _note(self, samples: int) -> None:
+        """Take down how many samples learn: without gradients none do, and a transform may not write what it reads."""
+        if torch.is_grad_enabled() and (
+            torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+        ):
+            self.most.clamp_(min=samples)
 
     def rows(self, place: int, samples: int, device: torch.device) -> Rows:
         """Return for one block the samples of this process that keep it, with the step's factor.
 
         All blocks' are drawn at the first call of a step, on the host, so that an accelerator is not waited for.
         """
+        self._note(samples)
         if (samples, device) not in self._rows:
-            self.most.clamp_(min=samples)
-            self._rows[samples, device] = self._all_rows(samples, device)
+            with torch.inference_mode(False):  # kept for training steps too
+                self._rows[samples, device] = self._all_rows(samples, device)
         return self._rows[samples, device][place]
 
     def _numbers(self, samples: int, device: torch.device | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from resect.blocks.state import Mode
 from resect.blocks.units import reshard
 from resect.blocks.unwrap import is_wrapped_compiled, unwrap
 from resect.errors import AttachError, BlocksError, InputError
-from resect.train.agree import compare, together, watch_wrapper
+from resect.train.agree import check_options, compare, options, together, watch_wrapper
 from resect.train.changed import Wiring
 from resect.train.closure import Closure
 from resect.train.compiling import CompiledCode
@@ -191,7 +191,7 @@ class Method(Warmable):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and JSON values that ``load_state_dict`` needs to go on exactly."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, "options": options(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
@@ -207,6 +207,7 @@ class Method(Warmable):
                 f"This is not the state of such a {self.name}: it lacks {missing}, and has {more} beside. Make the "
                 "method with the options that it was saved with."
             )
+        check_options(self, state["options"])
 
     def _arm(self, gates: Gates, undo: ExitStack) -> None:
         """Set the gates at attach; what ``detach()`` must undo beside them goes into ``undo``."""
@@ -256,9 +257,11 @@ class Method(Warmable):
             return None
         # Several optimizers may share the model's weights: each steps once per begin_step().
         if not self._begun or id(optimizer) in self._stepped:
+            missed = "Two optimizer steps without" if self._begun else "An optimizer step without"
             raise AttachError(
-                f"Two optimizer steps without {self.name}.begin_step() between them. "
-                "Call method.begin_step() once per optimizer step, before the forward pass."
+                f"{missed} {self.name}.begin_step() before {'the second' if self._begun else 'it'}. Call "
+                "method.begin_step() once per optimizer step, before the forward pass; an engine's callback does it "
+                "for you (resect.integrations)."
             )
         if self._code is not None and self._gates is not None:
             self._code.end(self._gates)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.example import Example
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import kept_buffers, kept_modes
 from resect.errors import AttachError
 from resect.train.hooks import Hook
 from resect.train.masks import SampleMasks, over_samples
@@ -43,15 +43,12 @@ class SampleFreeze:
 
     def _check_example(self, model: nn.Module, example: Example) -> None:
         """Run the example once: every module whose gradient is to be split must have the batch first."""
-        self._samples, buffers = {len(t) for t in example.tensors() if t.ndim}, list(model.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        self._samples = {len(t) for t in example.tensors() if t.ndim}
         try:
-            with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+            with kept_modes(model), kept_buffers(model), torch.no_grad(), torch.random.fork_rng():
                 example.run(model.train())
         finally:
             self._samples = set()
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
     def _check(self, module: nn.Module, output: Any) -> None:
         if isinstance(output, Tensor) and len(output) not in self._samples:

@@ -16,7 +16,7 @@ from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates
 from resect.blocks.inflight import InFlight, settled
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import Buffers, kept_modes
 from resect.blocks.rows import Rows
 from resect.blocks.template import tensors_in
 from resect.blocks.unwrap import eager, is_compiled, is_wrapped_compiled, unwrap
@@ -24,6 +24,7 @@ from resect.blocks.verify import at_fault
 from resect.errors import AttachError, check_all
 from resect.train.alike import GRADIENT, difference, gradients
 from resect.train.freeze import branch_modules
+from resect.train.hooks import Hook
 from resect.train.masks import Compute, over_samples
 from resect.train.steady import Steady
 
@@ -45,7 +46,7 @@ def try_subsets(
     found: dict[str, Axes | str] = {}
     for block in blocks:
         found[block.name] = _hindrance(model, blocks, block, first, compute)
-        if not found[block.name] and (wrapped or _is_compiled_around(model, block)):
+        if not found[block.name] and (wrapped or _meets_compiled_code(model, block)):
             found[block.name] = "it runs in compiled code, which would be compiled for every number of samples"
     trial = [block for block in blocks if not found[block.name]]
     if trial:
@@ -59,9 +60,15 @@ def try_subsets(
     return found
 
 
-def _is_compiled_around(model: nn.Module, block: ResidualBlock) -> bool:
+def _meets_compiled_code(model: nn.Module, block: ResidualBlock) -> bool:
     steps = block.owner.split(".")
-    return any(is_compiled(model.get_submodule(".".join(steps[:depth]))) for depth in range(len(steps) + 1))
+    above = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)]
+    return any(is_compiled(module) for module in [*above, *branch_modules(model, block)])
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not isinstance(hook, Hook) for hook in hooks)
 
 
 def norms_of(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
@@ -87,6 +94,8 @@ def _hindrance(
         return "the branch did not run on the example"
     if first[block.name] < 2 or first[block.name] != max(first.values()):
         return f"the example has {first[block.name]} sample(s) here: at least two are needed, of one batch"
+    if compute == "auto" and any(_is_watched(module) for module in branch_modules(model, block)):
+        return 'a forward hook on it would see the kept samples alone (compute="subset" asks for it all the same)'
     norms = norms_of(model, block) if compute == "auto" else ()
     if norms:
         return f'a {type(norms[0]).__name__} takes statistics of the batch (compute="subset" asks for it all the same)'
@@ -120,7 +129,7 @@ class _Trial:
         self.examples = [_resized(example, samples, size) for size in SIZES]
         self.axes: dict[str, Axes] = {}
         self._masked = functools.cache(self._run_masked)
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._buffers = Buffers(model)
 
     def of(self, trial: list[ResidualBlock]) -> dict[str, Axes | str]:
         """Return per block of the trial its axes, or how it differs from the mask."""
@@ -197,6 +206,11 @@ class _Trial:
             seen.setdefault(f"{GRADIENT} {name.rpartition('.')[0]!r}", []).append(gradient)
         for name, buffer in self.model.named_buffers():
             seen[f"buffer {name!r}"] = [buffer.detach().clone()]
+        for block in self.blocks:  # what a module leaves for others to read (a loss that balances experts)
+            for place, module in enumerate(branch_modules(self.model, block)):
+                for name, value in vars(module).items():
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        seen[f"{type(module).__name__}.{name} of {block.name!r}, {place}"] = [value.detach().clone()]
         return seen
 
     @contextmanager
@@ -214,9 +228,7 @@ class _Trial:
 
     def _restore(self) -> None:
         torch.manual_seed(0)
-        with torch.no_grad():
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
+        self._buffers.restore()
 
 
 def _resized(example: Example, samples: int, size: int) -> Example:

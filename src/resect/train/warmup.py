@@ -14,11 +14,13 @@ from resect.blocks.block import Blocks
 from resect.blocks.compiled import by_owner
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import held
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.state import Mode
 from resect.blocks.template import tensors_in
 from resect.blocks.unwrap import eager, is_compiled
 from resect.errors import AttachError
+
+_HOOKS = "_post_accumulate_grad_hooks"
 
 
 class Warmable:
@@ -158,22 +160,23 @@ def untouched(method: Warmable, model: nn.Module) -> Iterator[None]:
     own = [thing for thing in vars(method).values() if type(thing).__module__.startswith("resect.train.")]
     objects = [method, *own, *held(model)]
     attributes = [(thing, dict(vars(thing)), _copies(vars(thing))) for thing in objects]
-    places = [(module._buffers, *item) for module in model.modules() for item in module._buffers.items()]
-    buffers = [(holder, name, buffer) for holder, name, buffer in places if buffer is not None]
-    values = [buffer.clone() for *_, buffer in buffers]
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = [found for parameter in model.parameters() if (found := getattr(parameter, _HOOKS, None))]
+    hooked = [dict(found) for found in hooks]
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_cuda}
     try:
-        with kept_modes(model), torch.random.fork_rng(devices), torch.enable_grad():
+        with kept_modes(model), kept_buffers(model), torch.random.fork_rng(devices), torch.enable_grad():
             for parameter in model.parameters():
                 parameter.grad = None
+            for found in hooks:  # an optimizer may step in them
+                found.clear()
             yield
     finally:
         for parameter, gradient, wanted in gradients:
             parameter.requires_grad_(wanted).grad = gradient
+        for found, before in zip(hooks, hooked, strict=True):
+            found.update(before)
         with torch.no_grad():
-            for (holder, name, buffer), value in zip(buffers, values, strict=True):
-                holder[name] = buffer.copy_(value)
             for thing, before, copies in attributes:
                 vars(thing).clear()
                 vars(thing).update(before)
