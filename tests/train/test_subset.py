@@ -227,9 +227,15 @@ def test_nothing_is_computed_of_the_samples_that_drop_a_branch():
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
             net(x)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    wide = [len(t) for t in seen if t.shape[-1] == 4 * WIDTH and t.untyped_storage().data_ptr() not in weights]
-    assert sum(wide) == 2 * kept, "what is kept for the backward pass: the GELU's and the last Linear's inputs"
+    weights = {p.data_ptr() for p in net.parameters()}
+
+    def rows(width):
+        """Rows of that width kept for the backward pass."""
+        found = {t.data_ptr(): len(t) for t in seen if t.ndim == 2 and t.shape[1] == width}
+        return sum(length for pointer, length in found.items() if pointer not in weights)
+
+    assert rows(4 * WIDTH) == 2 * kept, "the inputs of the GELU and of the last Linear"
+    assert rows(WIDTH) == 2 * kept + 10, "of the norm and of the first Linear, and all samples' of the head; no sum"
 
 
 class Each(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Rows:
         branch = branch.to(dtype)
         if branch.shape[1:] != shape[1:]:
             branch = branch.expand(self.count, *shape[1:])
-        return _by_memory(lambda one, two: one.index_add(0, self.index.to(one.device), two, alpha=alpha), other, branch)
+        index = self.index.to(other.device)
+        return _by_memory(lambda one, two: _AddRows.apply(one, two, index, alpha), other, branch)
 
     def join_(self, other: Tensor, branch: Tensor, sign: float) -> Tensor:
         """Add ``sign · factor · branch`` to these rows of ``other`` in place."""
@@ -89,6 +91,27 @@ class Rows:
             factor = self.factor.to(branch.device, branch.dtype)
             return branch * factor.view(-1, *([1] * (branch.ndim - 1)))
         return branch * self.factor
+
+
+class _AddRows(torch.autograd.Function):
+    """``index_add`` along the first dimension; torch's own keeps what it added for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(other: Tensor, branch: Tensor, index: Tensor, alpha: float) -> Tensor:
+        return other.index_add(0, index, branch, alpha=alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, _, index, ctx.alpha = inputs
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        added = gradient.index_select(0, index)
+        return gradient, added if ctx.alpha == 1 else added * ctx.alpha, None, None
 
 
 def _by_memory(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
