@@ -30,14 +30,14 @@ loader = DataLoader(TensorDataset(images[:1536], labels[:1536]), batch_size=64, 
 torch.manual_seed(0)
 size = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 4, "in_chans": 1, "num_classes": 10}
 model = timm.create_model("vit_tiny_patch16_224", **size).to(device)
-blocks = resect.find_blocks(model, images[:8])
-method = resect.StochasticDepth(model, blocks, drop_prob=0.3).attach()
 optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
 scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=args.epochs, updates_per_epoch=len(loader))
 mixup = Mixup(mixup_alpha=0.2, num_classes=10)
 loss_fn = SoftTargetCrossEntropy()
 loss_scaler = NativeScaler(device=device)
 model_ema = ModelEmaV3(model, decay=0.9)
+blocks = resect.find_blocks(model, images[:8])
+method = resect.StochasticDepth(model, blocks, drop_prob=0.3).attach()
 saver = CheckpointSaver(model, optimizer, model_ema=model_ema, amp_scaler=loss_scaler, checkpoint_dir=args.output)
 start_epoch = 0
 if args.resume:
