@@ -184,14 +184,15 @@ def compiled_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
     resect.compile(compiled, resect.find_blocks(compiled, x))
     begun, graphs, breaks, ratios = time.perf_counter(), 0, 0, []
-    chosen = methods(compiled, resect.find_blocks(compiled, x))
+    blocks = resect.find_blocks(compiled, x)[: 1 if batch == QUICK else None]  # each graph takes seconds
+    chosen = methods(compiled, blocks)
     for name in list(chosen)[: 1 if batch == QUICK else None]:
         with chosen[name] as method, config.patch(fail_on_recompile_limit_hit=True):
             method.warmup(x)
             result.setdefault("warmup_seconds", round(time.perf_counter() - begun, 1))
             before, work = counters["stats"]["unique_graphs"], step(compiled, x, method)
             if not ratios:
-                with methods(eager, resect.find_blocks(eager, x))[name] as beside:
+                with methods(eager, blocks)[name] as beside:
                     times = in_turns({"eager": step(eager, x, beside), "compiled": work}, rounds)
                 ratios = over(times, "compiled", "eager")
             for _ in range(200):
