@@ -14,27 +14,10 @@ import json
 
 import composer.functional as cf
 import torch
-import torch.nn.functional as F
 import torchvision
-from timing import Work, in_turns, shown
-from torch import Tensor, nn
+from timing import in_turns, shown, step
 
 import resect
-
-
-def step(model: nn.Module, x: Tensor, method: resect.StochasticDepth | None = None) -> Work:
-    model.train()
-    y = torch.randint(0, 10, (len(x),))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-
-    def work() -> None:
-        if method is not None:
-            method.begin_step()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return work
 
 
 def main() -> None:

@@ -27,9 +27,8 @@ import warnings
 
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
-from timing import Work, holds, in_turns, shown
+from timing import Work, holds, in_turns, shown, step
 from torch import Tensor, nn
 
 import resect
@@ -71,22 +70,6 @@ def halved(model: nn.Module) -> tuple[nn.Module, list[str]]:
             for place in reversed(layers[1::2]):
                 del stage[place]
     return small, gone
-
-
-def step(model: nn.Module, x: Tensor, method: Method | None = None) -> Work:
-    """One ordinary training step: forward, backward, SGD with momentum; with a method one line more."""
-    model.train()
-    y = torch.randint(0, 10, (len(x),))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-
-    def work() -> None:
-        if method is not None:
-            method.begin_step()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return work
 
 
 def over(times: dict[str, list[float]], one: str, other: str) -> list[float]:
@@ -188,7 +171,8 @@ def compiled_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     chosen = methods(compiled, blocks)
     for name in list(chosen)[: 1 if batch == QUICK else None]:
         with chosen[name] as method, config.patch(fail_on_recompile_limit_hit=True):
-            method.warmup(x)
+            made = method.warmup(x)
+            result.setdefault("warmup_graphs", made)
             result.setdefault("warmup_seconds", round(time.perf_counter() - begun, 1))
             before, work = counters["stats"]["unique_graphs"], step(compiled, x, method)
             if not ratios:

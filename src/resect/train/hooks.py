@@ -1,9 +1,12 @@
-"""A method's hook on a module: it stays with the original when the model is copied or pickled."""
+"""A method's hook on a module, which stays with the original of a copied model; and hooks of others kept silent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -29,3 +32,17 @@ class Hook:
 
 def _nothing() -> Callable[..., None]:
     return nothing
+
+
+@contextmanager
+def accumulating_in_silence(model: nn.Module) -> Iterator[None]:
+    """Keep what users run whenever a gradient has been accumulated from running: an optimizer may step there."""
+    hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in model.parameters()]
+    before = [(found, dict(found)) for found in hooks if found]
+    for found, _ in before:
+        found.clear()
+    try:
+        yield
+    finally:
+        for found, kept in before:
+            found.update(kept)

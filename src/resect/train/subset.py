@@ -19,6 +19,7 @@ from resect.blocks.inflight import InFlight, settled
 from resect.blocks.modes import Buffers, kept_modes
 from resect.blocks.rows import Rows
 from resect.blocks.template import tensors_in
+from resect.blocks.units import is_sharded
 from resect.blocks.unwrap import eager, is_compiled, is_wrapped_compiled, unwrap
 from resect.blocks.verify import at_fault
 from resect.errors import AttachError, check_all
@@ -84,7 +85,7 @@ def _hindrance(
         return "as asked"
     if blocks.example is None:
         return "the blocks bring no example to try it on: find them on this model"
-    if any(ancestor.__name__ == "FSDPModule" for m in model.modules() for ancestor in type(m).__mro__):
+    if is_sharded(model):
         return "the model is sharded, and was not tried before: attach first, then shard"
     if any(tensor.is_meta for tensor in model.parameters()):
         return "the model is on the meta device"

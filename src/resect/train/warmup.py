@@ -19,8 +19,7 @@ from resect.blocks.state import Mode
 from resect.blocks.template import tensors_in
 from resect.blocks.unwrap import eager, is_compiled
 from resect.errors import AttachError
-
-_HOOKS = "_post_accumulate_grad_hooks"
+from resect.train.hooks import accumulating_in_silence
 
 
 class Warmable:
@@ -144,7 +143,8 @@ def _run(model: nn.Module, batch: Any, forward: Forward) -> None:
     """One pass forward and backward, without a trace in ``.grad``."""
     outputs = [leaf for leaf in tensors_in(forward(model, batch)) if leaf.requires_grad]
     if outputs:
-        torch.autograd.backward([leaf.float().sum() for leaf in outputs])
+        with accumulating_in_silence(model):
+            torch.autograd.backward([leaf.float().sum() for leaf in outputs])
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -161,21 +161,15 @@ def untouched(method: Warmable, model: nn.Module) -> Iterator[None]:
     objects = [method, *own, *held(model)]
     attributes = [(thing, dict(vars(thing)), _copies(vars(thing))) for thing in objects]
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    hooks = [found for parameter in model.parameters() if (found := getattr(parameter, _HOOKS, None))]
-    hooked = [dict(found) for found in hooks]
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_cuda}
     try:
         with kept_modes(model), kept_buffers(model), torch.random.fork_rng(devices), torch.enable_grad():
             for parameter in model.parameters():
                 parameter.grad = None
-            for found in hooks:  # an optimizer may step in them
-                found.clear()
             yield
     finally:
         for parameter, gradient, wanted in gradients:
             parameter.requires_grad_(wanted).grad = gradient
-        for found, before in zip(hooks, hooked, strict=True):
-            found.update(before)
         with torch.no_grad():
             for thing, before, copies in attributes:
                 vars(thing).clear()
