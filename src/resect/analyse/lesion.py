@@ -18,7 +18,8 @@ from torch import nn
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
-from resect.blocks.measure import Metric, Progress, measure_closed
+from resect.blocks.measure import Progress, measure_closed
+from resect.blocks.metrics import Metric
 from resect.errors import InputError
 
 
