@@ -71,7 +71,8 @@ def test_the_steps_alone(resect, tmp_path):
         (["shrink", "cifar-resnet-8", "--out", "x"], "Nothing says which blocks"),
         (["shrink", "cifar-resnet-8", "--out", "x", "--names", "layer9.1"], "Unknown residual block"),
         (["shrink", "cifar-resnet-8", "--out", "x", "--plan", "no.json"], "Cannot read the plan"),
-        (["report", "."], "is not a report folder"),
+        (["report", "."], "no report folder"),
+        (["report", "gradients.csv"], "does not exist"),
     ],
 )
 def test_a_mistake_gets_one_message_and_writes_nothing(resect, tmp_path, arguments, message):

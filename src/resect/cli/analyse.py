@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import Data, Model, Options, Out, app, err, out, with_blocks
+from resect.cli.common import Data, Format, Model, Options, Out, app, err, out, with_blocks, write_out
 
 
 @app.command()
@@ -21,6 +21,7 @@ def lesion(
     limit: Annotated[int | None, typer.Option(min=1, help="use this many test images")] = None,
     seed: Annotated[int, typer.Option(help="of the random draws")] = 0,
     to: Out = None,
+    format: Format = "csv",
 ) -> None:
     """Close each block of a trained model and measure (Veit et al. 2016).
 
@@ -30,7 +31,6 @@ def lesion(
     from resect.lab.data import in_batches
     from resect.lab.display import progress_bar
     from resect.lab.open import whole_numbers
-    from resect.report.rows import write_rows
 
     opened, blocks, images, labels = with_blocks(model, option, data, limit)
     with progress_bar(err) as display:
@@ -46,7 +46,7 @@ def lesion(
         )
     out.print(str(study), highlight=False)
     if to:
-        out.print(f"Measurements: {write_rows(to / 'lesion.csv', study.rows())}")
+        write_out(to, "lesion", study.rows(), format, [seed], model=opened.name)
 
 
 @app.command()
@@ -59,6 +59,7 @@ def paths(
     at: Annotated[str, typer.Option(help="where: first (what enters the first block), input, or a block")] = "first",
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     to: Out = None,
+    format: Format = "csv",
 ) -> None:
     """Count a model's paths by length, and split its gradient by path length (Veit et al. 2016).
 
@@ -69,7 +70,6 @@ def paths(
 
     import resect
     from resect.lab.display import progress_bar
-    from resect.report.rows import write_rows
 
     opened, blocks, images, labels = with_blocks(model, option, data, batch)
     with progress_bar(err) as display:
@@ -91,4 +91,4 @@ def paths(
         table.add_row(f"{row['length']:g}", f"{row['paths']:.4g}", f"{row['norm_of_sum']:.4g}", *sampled)
     out.print(table)
     if to:
-        out.print(f"Measurements: {write_rows(to / 'paths.csv', found.rows())}")
+        write_out(to, "paths", found.rows(), format, [seed], model=opened.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import typer
@@ -34,7 +34,10 @@ Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="key=value for building a model by name; repeatable")
 ]
 Data = Annotated[str | None, typer.Option(help="data for a model by name: digits or cifar10")]
-Out = Annotated[Path | None, typer.Option("--out", help="also write the measurements as CSV to this folder")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="also write the measurements, and what is drawn, to this folder")
+]
+Format = Annotated[Literal["csv", "json", "parquet"], typer.Option("--format", help="of the measurements in --out")]
 
 
 def with_blocks(model: str, option: list[str] | None, data: str | None, limit: int | None) -> tuple[Any, ...]:
@@ -57,3 +60,12 @@ def need_blocks(name: str, blocks: Any) -> None:
     """Raise ``InputError``, with the reasons, if there is no block to work with."""
     if not blocks:
         raise InputError(f"No residual block of {name} can be closed." + "".join(f"\n  {r}" for r in blocks.refused))
+
+
+def write_out(folder: Path, name: str, rows: Any, format: str, seeds: Any = (), **about: Any) -> None:
+    """Write measurements, with their provenance and what else is known ``about`` them, and say where they are."""
+    from resect.report.measurements import write_measurements
+    from resect.report.provenance import provenance
+
+    path = write_measurements(folder, name, rows, format, provenance(seeds, **about))
+    out.print(f"Measurements: {path}", highlight=False, soft_wrap=True)

@@ -11,14 +11,23 @@ from resect.cli.common import app, err, out
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a folder written by resect demo")]) -> None:
-    """Draw a report again from its data.
+def report(
+    source: Annotated[
+        Path, typer.Argument(help="a folder of resect demo, or measurements that --out wrote: a file or their folder")
+    ],
+) -> None:
+    """Draw a report, or the figures of measurements, again from their data.
 
     Example: [bold]resect report resect-demo[/bold]
     """
+    from resect.report.figures import redraw_measurements
     from resect.report.html import redraw
 
-    out.print(f"Report: {redraw(folder)}")
+    if source.is_dir() and (source / "report.json").is_file():
+        out.print(f"Report: {redraw(source)}", highlight=False, soft_wrap=True)
+        return
+    for picture in redraw_measurements(source):
+        out.print(f"Figure: {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()

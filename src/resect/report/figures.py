@@ -11,11 +11,12 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from resect.errors import InputError
+from resect.errors import FileError, InputError, ResectError, unknown
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
 from resect.report.lesions import lesion_each, lesion_random
+from resect.report.measurements import FORMATS, read_measurements
 from resect.report.paths import gradients, path_lengths
 from resect.report.removal import removal
 from resect.report.rows import write_file
@@ -79,3 +80,33 @@ def save_as(chart: Any, path: str | os.PathLike[str]) -> Path:
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{str(target)!r} must end in .svg, .png or .html.")
     return write_file(target, svg if target.suffix == ".svg" else vl_convert.svg_to_png(svg, scale=2))
+
+
+def redraw_measurements(path: str | os.PathLike[str]) -> list[Path]:
+    """Draw again what a file of measurements holds, or every one of a folder; return the pictures, beside them.
+
+    Of a folder, files that are no measurements, or measurements that no figure shows, are passed over.
+
+    Raises
+    ------
+    FileError: a file that is missing or damaged, or whose rows are not those of a figure; a folder without any.
+    """
+    path = Path(path)
+    files = sorted(file for file in path.iterdir() if file.suffix[1:] in FORMATS) if path.is_dir() else [path]
+    drawn = []
+    for file in files:
+        if path.is_dir() and file.name.partition(".")[0] not in FIGURES:
+            continue
+        if file.name.endswith(".provenance.json"):
+            continue
+        found = read_measurements(file)
+        if found.name not in FIGURES:
+            raise FileError(f"{file}: {unknown('figure', found.name, FIGURES)}")
+        try:
+            save(FIGURES[found.name](found.rows), file.parent, file.stem)
+        except ResectError as error:
+            raise FileError(f"{file}: {error}") from None
+        drawn.append(file.with_suffix(".png"))
+    if not drawn:
+        raise FileError(f"{path} is no report folder, and holds no measurements of a figure.")
+    return drawn

@@ -78,7 +78,7 @@ def from_folder(path: str) -> Splits:
 
 def count_parquet(path: str | list[str], split: str) -> int:
     """The rows of one split of these files, from their footers."""
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     files = _parquet_files([path] if isinstance(path, str) else path)
     return sum(parquet.read_metadata(file).num_rows for file in files if _split_of(file) == split)
