@@ -1,4 +1,4 @@
-"""``resect lesion`` and ``resect paths``."""
+"""``resect lesion``."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import Data, Model, Options, Out, app, err, out, with_blocks
+from resect.cli.common import Data, Format, Model, Options, Out, app, err, out, with_blocks, write_out
 
 
 @app.command()
