@@ -72,10 +72,10 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = CORE | {
     "cifar-pre-A": lambda: _cifar(True, "A"),
     "cifar-pre-B": lambda: _cifar(True, "B"),
     "torchvision-resnet18": lambda: _torchvision("resnet18"),
-    "torchvision-resnet50": lambda: _torchvision("resnet50"),
+    "torchvision-resnet50": lambda: _torchvision("resnet50", width_per_group=8),
     "torchvision-vit": _small_torchvision_vit,
     "timm-resnet18": lambda: _timm("resnet18"),
-    "timm-resnet50d": lambda: _timm("resnet50d", size=64),
+    "timm-resnet50d": lambda: _timm("resnet50d", size=64, channels=(8, 16, 32, 64), stem_width=8),
     "timm-vit": lambda: _timm("vit_tiny_patch16_224", size=32, img_size=32, depth=4, drop_path_rate=0.1),
     "timm-convnext": lambda: _timm("convnext_atto", size=64),
 }
