@@ -27,7 +27,7 @@ def test_python_blocks_run_in_an_empty_folder(page, tmp_path):
         command = [sys.executable, "-m", "resect", "train", "digits-vit", "train.epochs=1", "--out", "runs/vit"]
         subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
     # Names are a block's own; what was imported is shared, which saves most of the time.
-    run = "import json, sys\nfor code in json.load(sys.stdin):\n exec(compile(code, code, 'exec'), {'__name__': '__main__'})"
+    run = "import json, sys\nfor code in json.load(sys.stdin): exec(code, {'__name__': '__main__'})"
     result = subprocess.run(
         [sys.executable, "-c", run],
         input=json.dumps(codes), cwd=tmp_path, env=environment, capture_output=True, text=True,
