@@ -80,7 +80,7 @@ def test_bad_input(setup):
     with pytest.raises(InputError, match=r"Unknown metric 'top2'\. Did you mean"):
         resect.lesion_study(net, blocks, data, metric="top2")
     with pytest.raises(InputError, match="runs dry"):
-        resect.lesion_study(net, blocks, iter(data))
+        resect.lesion_study(net, blocks, iter(data), random_counts=[2], draws=300)
     with pytest.raises(InputError, match="no samples"):
         resect.lesion_study(net, blocks, [])
     with pytest.raises(InputError, match="Cannot close 9 blocks"):

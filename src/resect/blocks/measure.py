@@ -1,75 +1,210 @@
-"""Measure a model on data, without changing it."""
+"""Measure a model on data with subsets of its blocks closed, without changing it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, device_of, forward_batch, to_device
-from resect.blocks.gate import gates
 from resect.blocks.metrics import Metric, metric_named
-from resect.blocks.modes import kept_modes
-from resect.errors import BlocksError, InputError
+from resect.blocks.ranks import rank_of_ranks, together
+from resect.blocks.running import Subset, canonical, in_order, running
+from resect.blocks.store import Store
+from resect.blocks.units import is_sharded
+from resect.errors import BlocksError, InputError, quoted
 
 Progress = Callable[[int, int], None]
-"""``progress(done, total)``, called after every measurement."""
+"""``progress(done, total)``, called as measurements finish; total 0: not known."""
+
+Evaluate = Callable[[nn.Module, Any], Tensor]
+"""``evaluate(model, batch)`` runs the model as it likes and gives one number per sample, (B,); their mean counts."""
+
+Values = dict[tuple[str, ...], float]
+
+CHUNK = 256
+"""Subsets that one pass over the data serves: what an interruption loses, and what shares the beginnings of runs."""
 
 
-def mean_metric(model: nn.Module, data: Iterable[Any], metric: Metric, forward: Forward = forward_batch) -> float:
-    """Return the mean of a metric over every sample of the data; in eval mode, without gradients.
+def measured(
+    model: nn.Module,
+    blocks: Blocks,
+    data: Iterable[Any],
+    subsets: Iterable[Subset],
+    metric: str | Metric = "top1",
+    forward: Forward = forward_batch,
+    progress: Progress | None = None,
+    *,
+    evaluate: Evaluate | None = None,
+    store: str | Path | None = None,
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield ``(subset, metric)`` as they are finished: first of the whole model, ``()``, then of each subset.
 
-    Raises ``InputError`` for data without samples and for a metric that is not finite.
+    Subsets are drawn from their iterable when they are needed, ``CHUNK`` at a time, and every batch serves all of a
+    chunk. Several processes (``torch.distributed``) that are given the same share the subsets out among them, and
+    each yields everything, to the bit what one process would. Parts of a model sharded by FSDP2 are gathered by all:
+    there, every process measures everything.
+
+    Parameters
+    ----------
+    model, blocks: left exactly as they are.
+    data: batches, gone through once per chunk; an iterator that runs dry will do for one chunk.
+    subsets: names of blocks to close together; they are yielded in the blocks' order, each once.
+    metric: a name, or ``metric(output, batch)``, one number per sample. Not used where ``evaluate`` is given.
+    forward: how to run one batch, ``(model, batch) -> output``.
+    progress: called as ``progress(done, total)``, in subsets.
+    evaluate: ``evaluate(model, batch)`` runs the model and gives one number per sample.
+    store: a file for what is finished, chunk by chunk. What it holds of the same study is not measured again.
+
+    Raises ``BlocksError`` for an empty selection; ``InputError`` for data without samples or that cannot be repeated,
+    an unknown metric, one that is NaN or not one number per sample, a store of another study, processes that differ.
     """
-    total, count = 0.0, 0
-    device = device_of(model)
-    for batch in data:
-        batch = to_device(batch, device)
-        values = metric(forward(model, batch), batch)
-        total += float(values.double().sum())
-        count += values.numel()
-    if not count:
-        raise InputError("The data gave no samples. Pass a list of batches or a DataLoader, not an exhausted iterator.")
-    mean = total / count
-    if mean != mean:
-        raise InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
-    return mean
+    if not blocks:
+        raise BlocksError("There is nothing to close: the selection of residual blocks is empty.")
+    name = metric if isinstance(metric, str) and evaluate is None else getattr(evaluate or metric, "__name__", "metric")
+    measure = metric_named(metric) if evaluate is None else _as_given
+    study, (rank, ranks) = {"metric": name, "blocks": blocks.names}, rank_of_ranks()
+    kept = None if store is None or rank else Store(store, study)
+    known: Values = together(lambda: kept.read() if kept else {})[0]
+    total, done, first = len(subsets) if isinstance(subsets, Sequence) else 0, 0, True
+    for chunk, last in _chunks(subsets, blocks, CHUNK * ranks):
+        if not last and iter(data) is data:
+            raise InputError(
+                f"The data is an iterator that runs dry after one pass, and more than {CHUNK * ranks} subsets take "
+                "several. Pass list(data), or the DataLoader itself."
+            )
+        todo = in_order(blocks, (subset for subset in dict.fromkeys(chunk) if subset and subset not in known))
+        share = [()] * first + (todo if is_sharded(model) else todo[rank::ranks])
+        tell = partial(_tell, progress, done, len(chunk), total) if progress else None
+        facts = study | {"subsets": _digest(chunk, last)}
+        told = together(partial(_one_pass, model, blocks, data, share, measure, evaluate or forward, tell, facts))
+        _check_same([facts for _, facts in told])
+        values = {subset: value for found, _ in told for subset, value in found.items()}
+        together(partial(_keep, kept, values, told[0][1] if first else None))
+        if first:
+            known[()] = values[()]
+            yield (), values[()]
+        yield from ((subset, values[subset] if subset in values else known[subset]) for subset in chunk)
+        done, first = done + len(chunk), False
+        if progress:
+            progress(done, total)
 
 
 def measure_closed(
     model: nn.Module,
     blocks: Blocks,
     data: Iterable[Any],
-    subsets: Sequence[Sequence[str]],
+    subsets: Sequence[Subset],
     metric: str | Metric = "top1",
     forward: Forward = forward_batch,
     progress: Progress | None = None,
+    **options: Any,
 ) -> tuple[float, list[float]]:
-    """Return the metric of the whole model, and with each subset of blocks closed.
+    """Return the metric of the whole model, and with each subset of blocks closed; ``options`` as of `measured`."""
+    (_, whole), *found = measured(model, blocks, data, subsets, metric, forward, progress, **options)
+    return whole, [value for _, value in found]
 
-    Raises ``BlocksError`` for an empty selection and ``InputError`` for data that cannot be repeated, an
-    unknown metric, or one that is NaN.
-    """
-    if not blocks:
-        raise BlocksError("There is nothing to close: the selection of residual blocks is empty.")
-    measure = metric_named(metric)
-    if iter(data) is data:
+
+def _chunks(subsets: Iterable[Subset], blocks: Blocks, size: int) -> Iterator[tuple[list[tuple[str, ...]], bool]]:
+    """Yield chunks of subsets, by canonical names, and whether it is the last; a single empty one for none."""
+    named = (canonical(blocks, subset) for subset in subsets)
+    chunk = list(itertools.islice(named, size))
+    while True:
+        after = list(itertools.islice(named, size))
+        yield chunk, not after
+        if not after:
+            return
+        chunk = after
+
+
+def _one_pass(
+    model: nn.Module,
+    blocks: Blocks,
+    data: Iterable[Any],
+    subsets: list[tuple[str, ...]],
+    measure: Metric,
+    forward: Forward,
+    tell: Callable[[float], None] | None,
+    facts: dict[str, Any],
+) -> tuple[Values, dict[str, Any]]:
+    """Return the mean of the metric per subset over one pass; and the ``facts``, with those of the whole model."""
+    if not subsets:
+        return {}, facts
+    totals, counts = dict.fromkeys(subsets, 0.0), dict.fromkeys(subsets, 0)
+    device, batches = device_of(model), len(data) if isinstance(data, Sized) else 0
+    with running(model, blocks, forward) as run:
+        for number, batch in enumerate(data, start=1):
+            batch = to_device(batch, device)
+            for subset, output in zip(subsets, run.each(batch, subsets), strict=True):
+                values = _per_sample(measure(output, batch))
+                totals[subset] += float(values.double().sum())
+                counts[subset] += values.numel()
+                if math.isnan(totals[subset]):
+                    raise _not_a_number(subset)
+            if tell and batches:
+                tell(number / batches)
+    if not all(counts.values()):
+        raise InputError("The data gave no samples. Pass a list of batches or a DataLoader, not an exhausted iterator.")
+    means = {subset: totals[subset] / counts[subset] for subset in subsets}
+    return means, facts | ({"samples": counts[()], "baseline": means[()]} if () in means else {})
+
+
+def _as_given(output: Any, batch: Any) -> Any:
+    """The metric of a model that ``evaluate`` ran: its own answer."""
+    return output
+
+
+def _per_sample(values: Any) -> Tensor:
+    if not isinstance(values, Tensor) or not values.ndim:
+        what = "a tensor without dimensions" if isinstance(values, Tensor) else type(values).__name__
         raise InputError(
-            "The data is an iterator that runs dry after one pass. Pass list(data), or the DataLoader itself."
+            f"The metric must give one number per sample, a tensor (B,), but gave {what}. Leave the mean out "
+            "(reduction='none'): batches may differ in size."
         )
-    values = []
-    with kept_modes(model), torch.no_grad(), gates(model, blocks) as handle:
-        model.eval()
-        whole = mean_metric(model, data, measure, forward)
-        for done, subset in enumerate(subsets, start=1):
-            for name in subset:
-                handle[name].close()
-            values.append(mean_metric(model, data, measure, forward))
-            for name in subset:
-                handle[name].open()
-            if progress:
-                progress(done, len(subsets))
-    return whole, values
+    return values
+
+
+def _not_a_number(subset: Subset) -> InputError:
+    if subset:
+        return InputError(
+            f"The metric is NaN with {quoted(subset, 4)} closed, and a number with the whole model: without them its "
+            "outputs are not finite. Leave such subsets out, or compute in float32."
+        )
+    return InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
+
+
+def _tell(progress: Progress, done: int, chunk: int, total: int, share: float) -> None:
+    if share < 1:
+        progress(done + int(chunk * share), total)
+
+
+def _keep(kept: Store | None, values: Values, facts: dict[str, Any] | None) -> None:
+    if kept and facts:
+        kept.begin({key: facts[key] for key in ("samples", "baseline")})
+    if kept:
+        kept.add((subset, value) for subset, value in values.items() if subset)
+
+
+def _digest(chunk: list[tuple[str, ...]], last: bool) -> str:
+    return hashlib.sha256(json.dumps([chunk, last]).encode()).hexdigest()
+
+
+def _check_same(told: list[dict[str, Any]]) -> None:
+    """Raise ``InputError`` unless every process measures the same, naming what differs."""
+    for rank, other in enumerate(told):
+        differing = [key for key in other if other[key] != told[0].get(key)]
+        here = ", ".join(f"{key} {told[0].get(key)}" for key in differing)
+        there = ", ".join(f"{key} {other[key]}" for key in differing)
+        if differing:
+            raise InputError(
+                f"The processes do not measure the same: {here} on process 0; {there} on process {rank}. Give all the "
+                "same model, blocks, subsets, metric and data, all of it: the subsets are what they share out."
+            )

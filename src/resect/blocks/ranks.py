@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from resect.blocks.example import device_of
+from resect.errors import InputError
+
+Result = TypeVar("Result")
 
 
 def several_ranks() -> bool:
@@ -77,3 +81,25 @@ def said_by_all(facts: dict[str, Any], device: torch.device) -> list[dict[str, A
     longest = max(length for _, length in told)
     texts = gathered(torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=device)).cpu()
     return [json.loads(bytes(row.tolist())) for row in texts]
+
+
+def together(work: Callable[[], Result]) -> list[Result]:
+    """Run ``work`` on every process and return what each of them returned, in their order.
+
+    Where it raises on some process, it raises on all: its own error there, ``InputError`` elsewhere.
+    """
+    if not several_ranks():
+        return [work()]
+    own, error, said = None, None, ""
+    try:
+        own = work()
+    except Exception as raised:
+        error, said = raised, f"{type(raised).__name__}: {raised}"
+    everyones: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, (own, said))
+    if error is not None:
+        raise error
+    failed = [f"process {rank}: {said}" for rank, (_, said) in enumerate(everyones) if said]
+    if failed:
+        raise InputError(f"Another process could not go on. {'; '.join(failed)}")
+    return [value for value, _ in everyones]

@@ -1,0 +1,79 @@
+"""Finished measurements in a file, so that a long study that was stopped goes on where it was.
+
+JSON lines: a header that says of which study they are, then one subset and its value a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from resect.errors import FileError, InputError
+from resect.files import write_text
+
+FORMAT = "resect-measurements-1"
+
+
+class Store:
+    """The file of one study; ``study`` (JSON) is what must be the same for its values to be of use."""
+
+    def __init__(self, path: str | Path, study: Mapping[str, Any]) -> None:
+        self.path, self.study = Path(path), {"format": FORMAT, **study}
+        self._header: dict[str, Any] | None = None
+
+    def read(self) -> dict[tuple[str, ...], float]:
+        """Return the values that are there, by subset; a last line that was not written to its end is cut off.
+
+        Raises ``FileError`` for a file of another kind, ``InputError`` for one of another study, naming what differs.
+        """
+        if not self.path.exists():
+            return {}
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            self._header, *rows = (json.loads(line) for line in whole.splitlines())
+            found = {tuple(row["closed"]): float(row["value"]) for row in rows}
+            if self._header["format"] != FORMAT:
+                raise KeyError("format")
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(
+                f"{str(self.path)!r} holds no measurements of a study, or is damaged. Choose another file."
+            ) from error
+        self._compare(self.study)
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        return found
+
+    def begin(self, whole: Mapping[str, Any]) -> None:
+        """Write the header, with what is known of the ``whole`` model; or compare it with the one that is there."""
+        if self._header is None:
+            self._header = {**self.study, **whole}
+            write_text(self.path, json.dumps(self._header) + "\n")
+        self._compare(whole)
+
+    def add(self, values: Iterable[tuple[tuple[str, ...], float]]) -> None:
+        """Append measurements; they are on the disk when this returns."""
+        lines = "".join(json.dumps({"closed": subset, "value": value}) + "\n" for subset, value in values)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FileError(f"{str(self.path)!r} could not be written: {error.strerror}. Free some space.") from error
+
+    def _compare(self, expected: Mapping[str, Any]) -> None:
+        assert self._header is not None
+        differing = [key for key in expected if self._header.get(key) != expected[key]]
+        if differing:
+            pairs = [(key, _short(self._header.get(key)), _short(expected[key])) for key in differing]
+            said = "; ".join(f"{key} was {before}, and is {now}" for key, before, now in pairs)
+            raise InputError(f"{str(self.path)!r} holds measurements of another study: {said}. Choose another file.")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:50]}… ({len(value)})"

@@ -1,0 +1,161 @@
+"""Measuring altered networks: the mean of a metric, in chunks, by the user's own function, stopped and resumed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from nets import Net
+from torch import nn
+
+import resect
+from resect.blocks import measure
+from resect.blocks.measure import measure_closed, measured
+from resect.errors import FileError, InputError
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    net, x, y = Net((False, True, False)), torch.randn(20, 5), torch.randint(0, 4, (20,))
+    blocks = resect.find_blocks(net, x)
+    subsets = [s for k in range(5) for s in itertools.combinations(blocks.names, k)]
+    return net, blocks, [(x[:12], y[:12]), (x[12:], y[12:])], subsets
+
+
+def by_hand(net, subset, data):
+    """The mean cross-entropy, one subset at a time."""
+    losses = []
+    with torch.no_grad(), resect.closed(net, subset):
+        for x, y in data:
+            losses.append(nn.functional.cross_entropy(net.eval()(x), y, reduction="none").double())
+    return torch.cat(losses).mean().item()
+
+
+def test_every_subset_has_its_own_value_whatever_the_chunks(setup, monkeypatch):
+    net, blocks, data, subsets = setup
+    whole, values = measure_closed(net, blocks, data, subsets, "cross_entropy")
+    assert whole == values[0] == pytest.approx(by_hand(net, [], data), rel=1e-6)
+    for subset, value in zip(subsets, values, strict=True):
+        assert value == pytest.approx(by_hand(net, subset, data), rel=1e-6)
+    monkeypatch.setattr(measure, "CHUNK", 3)
+    streamed = list(measured(net, blocks, data, iter(subsets), "cross_entropy"))
+    assert streamed == [((), whole), *zip(subsets, values, strict=True)]
+
+
+def test_subsets_are_drawn_as_they_are_needed_and_the_model_is_whole_in_between(setup, monkeypatch):
+    net, blocks, data, subsets = setup
+    monkeypatch.setattr(measure, "CHUNK", 2)
+    net.train()
+    drawn, told = [], []
+    results = measured(net, blocks, data, (drawn.append(s) or s for s in subsets), progress=lambda *a: told.append(a))
+    next(results)
+    assert len(drawn) == 4  # its own chunk, and the next, to know whether the data is needed again
+    assert net.training
+    assert torch.is_grad_enabled()
+    assert type(net.layers[0].a).__name__ == type(Net().layers[0].a).__name__
+    assert not any("_resect_port" in module.__dict__ for module in net.modules())
+    list(results)
+    assert told[0] == (1, 0)
+    assert told[-1] == (16, 0)
+    assert told == sorted(told)
+
+
+def test_one_chunk_needs_one_pass(setup, monkeypatch):
+    net, blocks, data, subsets = setup
+    assert measure_closed(net, blocks, iter(data), subsets) == measure_closed(net, blocks, data, subsets)
+    monkeypatch.setattr(measure, "CHUNK", 3)
+    with pytest.raises(InputError, match="runs dry after one pass, and more than 3 subsets"):
+        measure_closed(net, blocks, iter(data), subsets)
+
+
+def test_evaluate_runs_the_model_itself(setup):
+    net, blocks, data, subsets = setup
+
+    def doubled(model, batch):
+        return 2 * nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    whole, values = measure_closed(net, blocks, data, subsets, evaluate=doubled)
+    plain, singly = measure_closed(net, blocks, data, subsets, "cross_entropy")
+    assert [whole, *values] == pytest.approx([2 * plain, *(2 * value for value in singly)])
+
+
+def test_a_metric_that_is_no_number_per_sample_is_refused(setup):
+    net, blocks, data, subsets = setup
+    with pytest.raises(InputError, match=r"one number per sample.*gave a tensor without dimensions"):
+        measure_closed(net, blocks, data, subsets, lambda output, batch: output.mean())
+    with pytest.raises(InputError, match="gave float"):
+        measure_closed(net, blocks, data, subsets, evaluate=lambda model, batch: 1.0)
+
+    def spoilt(model, batch):  # a number with the whole model alone
+        runs.append(1)
+        return torch.full((len(batch[1]),), 0.0 if len(runs) == 1 else float("nan"))
+
+    runs: list[int] = []
+    with pytest.raises(InputError, match=r"NaN with 'layers.2/a' closed"):
+        measure_closed(net, blocks, data, [blocks.names[:1], blocks.names[3:]], evaluate=spoilt)
+
+
+def test_a_study_that_was_stopped_goes_on_where_it_was(setup, monkeypatch, tmp_path):
+    net, blocks, data, subsets = setup
+    monkeypatch.setattr(measure, "CHUNK", 3)
+    expected = list(measured(net, blocks, data, subsets, "cross_entropy"))
+    file, runs = tmp_path / "study.jsonl", []
+
+    def counting(model, batch):
+        runs.append(1)
+        if len(runs) == 20:
+            raise KeyboardInterrupt
+        return model(batch[0])
+
+    with pytest.raises(KeyboardInterrupt):
+        list(measured(net, blocks, data, subsets, "cross_entropy", counting, store=file))
+    assert len(file.read_text().splitlines()) == 1 + 8  # three chunks were finished, one with the whole model
+    with file.open("a") as torn:
+        torn.write('{"closed": ["layers.0/a"')
+    runs[:] = [0] * 20
+    assert list(measured(net, blocks, data, subsets, "cross_entropy", counting, store=file)) == expected
+    assert len(runs) - 20 == 2 * (len(subsets) - 8)
+    runs[:] = [0] * 20
+    assert list(measured(net, blocks, data, subsets, "cross_entropy", counting, store=file)) == expected
+    assert len(runs) - 20 == 2  # the baseline, for the comparison
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_a_store_of_another_study_is_refused_and_left_alone(setup, tmp_path):
+    net, blocks, data, subsets = setup
+    file = tmp_path / "study.jsonl"
+    list(measured(net, blocks, data, subsets, "cross_entropy", store=file))
+    content = file.read_text()
+    with pytest.raises(InputError, match='metric was "cross_entropy", and is "top1"'):
+        list(measured(net, blocks, data, subsets, store=file))
+    with pytest.raises(InputError, match="blocks was"):
+        list(measured(net, blocks[1:], data, [], "cross_entropy", store=file))
+    with pytest.raises(InputError, match="samples was 20, and is 12; baseline was"):
+        list(measured(net, blocks, data[:1], subsets, "cross_entropy", store=file))
+    assert file.read_text() == content
+    other = tmp_path / "other.jsonl"
+    for text in ('{"a": 1}\n', "hello\n", "[]\n", ""):
+        other.write_text(text)
+        with pytest.raises(FileError, match="holds no measurements of a study"):
+            list(measured(net, blocks, data, subsets, store=other))
+        assert other.read_text() == text
+
+
+def test_data_of_another_pass_that_gives_nothing_is_noticed(setup, monkeypatch):
+    net, blocks, data, subsets = setup
+    monkeypatch.setattr(measure, "CHUNK", 3)
+
+    class Once:
+        def __init__(self):
+            self.left = iter(data)
+
+        def __iter__(self):
+            yield from self.left
+
+    with pytest.raises(InputError, match="no samples"):
+        measure_closed(net, blocks, Once(), subsets)
