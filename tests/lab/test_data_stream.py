@@ -135,7 +135,7 @@ def test_a_net_trains_on_a_stream_goes_on_to_the_bit_and_opens_again(tmp_path):
         assert torch.equal(one, other)
     assert [row["test_error"] for row in whole.history] == [row["test_error"] for row in parts.history]
     opened = open_model(str(tmp_path / "whole"))
-    images, labels = opened.test_images()
+    images, labels = opened.images()
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert evaluate(opened.model, images, labels) == whole.history[-1]["test_error"]
     assert opened.example().shape == (40, 3, 8, 8)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import Data, Format, Model, Options, Out, app, err, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, out, with_blocks, write_out
 
 
 @app.command()
@@ -15,6 +15,7 @@ def lesion(
     model: Model,
     option: Options = None,
     data: Data = None,
+    data_option: DataOptions = None,
     counts: Annotated[str, typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")] = "",
     draws: Annotated[int, typer.Option(min=1, help="draws for each of them")] = 10,
     metric: Annotated[str, typer.Option(help="top1, top5 (errors in %) or cross_entropy")] = "top1",
@@ -28,16 +29,15 @@ def lesion(
     Example: [bold]resect lesion runs/digits-plain --random 1,2,4,8[/bold]
     """
     import resect
-    from resect.lab.data import in_batches
     from resect.lab.display import progress_bar
     from resect.lab.open import whole_numbers
 
-    opened, blocks, images, labels = with_blocks(model, option, data, limit)
+    opened, blocks, batches = with_blocks(model, option, data, data_option, limit)
     with progress_bar(err) as display:
         study = resect.lesion_study(
             opened.model,
             blocks,
-            in_batches(images, labels, 128),
+            batches,
             metric=metric,
             random_counts=whole_numbers(counts),
             draws=draws,

@@ -33,27 +33,47 @@ Model = Annotated[
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="key=value for building a model by name; repeatable")
 ]
-Data = Annotated[str | None, typer.Option(help="data for a model by name: digits or cifar10")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, cifar10, cifar100, svhn, a parquet file, a folder of images, OWNER/NAME on the hub, or text:FILE "
+        "for a language model; by default those a run was trained on"
+    ),
+]
+DataOptions = Annotated[
+    list[str] | None, typer.Option("--data-option", "-d", help="key=value for opening the data, size=32; repeatable")
+]
 Out = Annotated[
     Path | None, typer.Option("--out", help="also write the measurements, and what is drawn, to this folder")
 ]
 Format = Annotated[Literal["csv", "json", "parquet"], typer.Option("--format", help="of the measurements in --out")]
 
 
-def with_blocks(model: str, option: list[str] | None, data: str | None, limit: int | None) -> tuple[Any, ...]:
-    """Open a model and its data: (opened, blocks, images, labels)."""
+def with_blocks(
+    model: str,
+    option: list[str] | None,
+    data: str | None,
+    data_option: list[str] | None,
+    limit: int | None,
+    size: int = 128,
+) -> tuple[Any, ...]:
+    """Open a model, find its blocks, and read ``limit`` samples to test on in batches: (opened, blocks, batches)."""
     import resect
     from resect.lab.open import open_model
+    from resect.lab.text import TextData
 
-    opened = open_model(model, option or (), data)
-    images, labels = opened.test_images(limit)
+    opened = open_model(model, option or (), data, data_option or ())
+    batches = opened.batches("test", limit, size)
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
-    if opened.recipe is None:
+    if opened.recipe is None and not opened.pretrained:
         err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
     elif opened.gated:
         err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
-    return opened, blocks, images, labels
+    if isinstance(opened.data, TextData):
+        count, length = opened.data.sequences.shape
+        err.print(f"{opened.data.name}: {count} sequences of {length} {opened.data.tokens}.", highlight=False)
+    return opened, blocks, batches
 
 
 def need_blocks(name: str, blocks: Any) -> None:

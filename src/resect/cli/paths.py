@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import Data, Format, Model, Options, Out, app, err, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, out, with_blocks, write_out
 
 
 @app.command()
@@ -15,6 +15,7 @@ def paths(
     model: Model,
     option: Options = None,
     data: Data = None,
+    data_option: DataOptions = None,
     samples: Annotated[int, typer.Option(min=0, help="single paths drawn per length; 0: the exact curve alone")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="test images")] = 64,
     at: Annotated[str, typer.Option(help="where: first (what enters the first block), input, or a block")] = "first",
@@ -32,12 +33,12 @@ def paths(
     import resect
     from resect.lab.display import progress_bar
 
-    opened, blocks, images, labels = with_blocks(model, option, data, batch)
+    opened, blocks, batches = with_blocks(model, option, data, data_option, batch, batch)
     with progress_bar(err) as display:
         found = resect.path_gradients(
             opened.model,
             blocks,
-            (images, labels),
+            batches[0],
             nn.functional.cross_entropy,
             at=at,
             samples=samples,

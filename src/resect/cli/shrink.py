@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import Data, Model, Options, app, err, need_blocks, out
+from resect.cli.common import Data, DataOptions, Model, Options, app, err, need_blocks, out
 
 
 @app.command()
@@ -19,6 +19,7 @@ def shrink(
     plan: Annotated[Path | None, typer.Option(help="cut what this plan.json says")] = None,
     option: Options = None,
     data: Data = None,
+    data_option: DataOptions = None,
     limit: Annotated[int, typer.Option(min=1, help="rank on this many training images")] = 1000,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
@@ -31,8 +32,9 @@ def shrink(
     from resect.lab.display import progress_bar
     from resect.lab.evaluate import evaluate
     from resect.lab.open import choose_plan, open_model, save_cut
+    from resect.lab.text import TextData
 
-    opened = open_model(model, option or (), data)
+    opened = open_model(model, option or (), data, data_option or ())
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
     with progress_bar(err) as display:
@@ -42,8 +44,8 @@ def shrink(
     out.print(str(chosen), highlight=False)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
     out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}). Proven equal to the closed model.")
-    if opened.data is not None:
-        images, labels = opened.test_images()
+    if opened.data is not None and not isinstance(opened.data, TextData):
+        images, labels = opened.images()
         a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
         how = " with every block open, without its gate" if opened.gated else ""
         out.print(f"Test error: {a:.2f} %{how} → {b:.2f} %.")

@@ -5,32 +5,39 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import resect
 from resect.blocks.block import Blocks
 from resect.blocks.plan import Plan
-from resect.errors import FileError, InputError
+from resect.errors import FileError, InputError, check_all
 from resect.lab import registry, runs
 from resect.lab.config.method import EpsilonGateConfig
-from resect.lab.data import Data, in_batches, open_data
+from resect.lab.data import Data, data_by_name, in_batches, open_data
 from resect.lab.display import Bars
 from resect.lab.recipe import Recipe, parse
+from resect.lab.text import TextData, open_text
+
+TEXT = "text:"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and, where it is known, the data it was trained on."""
+    """A model and its data: what it was trained on, where that is known, or what was named instead."""
 
     name: str
     model: nn.Module
     recipe: Recipe | None = None
-    data: Data | None = None
+    data: Data | TextData | None = None
     folder: Path | None = None
+    stats: tuple[Tensor, Tensor] | None = None
+    """Mean and deviation per channel of the images it was trained on, where ``data`` are others."""
+    pretrained: bool = False
 
     @property
     def gated(self) -> bool:
@@ -39,33 +46,49 @@ class Opened:
         return isinstance(method, EpsilonGateConfig) and not hasattr(self.model, "resect_plan")
 
     def example(self, size: int | None = None) -> Tensor | dict[str, Tensor]:
-        """Return a batch to find blocks with: training images where there are any, else noise by the model's name."""
+        """Return a batch to find blocks with: training images or text where there are any, else noise by its name."""
+        if isinstance(self.data, TextData):
+            return {"input_ids": self.data.sequences[:4]}
         if self.data is not None:
-            return self.data.sample("train", 64)[0]
+            return self.images("train", 64)[0]
         return registry.example(self.name, self.model, size)
 
-    def test_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return (images, labels) of the test split, normalised as in training."""
-        return self._images("test", limit)
+    def images(self, which: str = "test", limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return (images, labels) of the split "test" or "train", normalised as in training."""
+        data = self._data()
+        if isinstance(data, TextData):
+            raise InputError(f"{self.name!r} was given text, and this is for images.")
+        images, labels = data.sample(which, limit)
+        return images if self.stats is None else _restated(images, data.stats, self.stats), labels
 
-    def train_images(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return (images, labels) of the training split, normalised."""
-        return self._images("train", limit)
+    def batches(self, which: str = "test", limit: int | None = None, size: int = 128) -> list[Any]:
+        """Return the first ``limit`` samples in batches: pairs of images and labels, or mappings of tokens."""
+        data = self._data()
+        if isinstance(data, TextData):  # which has no splits
+            return data.batches(size, limit)
+        return in_batches(*self.images(which, limit), size)
 
-    def _images(self, which: str, limit: int | None) -> tuple[Tensor, Tensor]:
+    def _data(self) -> Data | TextData:
         if self.data is None:
-            raise InputError(f"{self.name!r} has no data of its own. Name some, for instance --data digits.")
-        return self.data.sample(which, limit)
+            raise InputError(
+                f"{self.name!r} has no data of its own. Name some, for instance --data digits; for a language model "
+                "--data text:FILE."
+            )
+        return self.data
 
 
-def open_model(name: str, options: Sequence[str] = (), data: str | None = None) -> Opened:
+def open_model(
+    name: str, options: Sequence[str] = (), data: str | None = None, data_options: Sequence[str] = ()
+) -> Opened:
     """Open ``name``: ``cifar-resnet-110``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, or a folder.
 
     A folder is that of a run, of a cut model, or one that transformers saved.
 
-    ``options`` are ``key=value`` for a model by name; ``data`` names the data set, where the model brings none.
+    ``options`` are ``key=value`` for a model by name. ``data`` names the data, by default those a run was trained on:
+    see `data_by_name`, or ``text:FILE``, see `open_text`; ``data_options`` are ``key=value`` of them.
 
-    Raises ``InputError`` for an unknown model, option or data set, ``FileError`` for a damaged folder.
+    Raises ``InputError`` for an unknown model, option or data set, or data that the model is not for; ``FileError``
+    for a damaged folder or file.
     """
     folder = Path(name)
     looks_like_path = folder.exists() or "/" in name.partition(":")[0]
@@ -85,17 +108,48 @@ def open_model(name: str, options: Sequence[str] = (), data: str | None = None) 
         if options:
             raise InputError("Options go with a model by name; a folder says itself how its model was built.")
         if (folder / "base.json").exists():
-            return _open_cut(folder)
+            return _with_data(_open_cut(folder), data, data_options)
         if (folder / "plan.json").exists() and not (folder / "recipe.json").exists():
             raise FileError(
                 f"{name!r} is a cut model saved from Python: load it there with resect.load({name!r}, model)."
             )
-        return _open_run(folder)
+        return _with_data(_open_run(folder), data, data_options)
     values = dict(_read_option(option) for option in options)
-    images = open_data(data) if data else None
+    text = data is not None and data.startswith(TEXT)
+    images = None if text else _named(data, data_options)
     if images is not None:
         values = registry.fit_options(name, images.shape[0], len(images.classes)) | values
-    return Opened(name, registry.build(name, **values).eval(), data=images)
+    opened = Opened(name, registry.build(name, **values).eval(), data=images, pretrained=bool(values.get("pretrained")))
+    return _with_data(opened, data, data_options) if text else opened
+
+
+def _named(data: str | None, options: Sequence[str]) -> Data | None:
+    if data is None and options:
+        raise InputError(f"{options[0]!r} is an option of data, and none are named: add --data NAME.")
+    return None if data is None else data_by_name(data, dict(_read_option(option) for option in options))
+
+
+def _with_data(opened: Opened, data: str | None, options: Sequence[str]) -> Opened:
+    """``opened`` with the data that are named instead of its own, which it must fit."""
+    if data is not None and data.startswith(TEXT):
+        values = dict(_read_option(option) for option in options)
+        return replace(opened, data=open_text(data.removeprefix(TEXT), opened.model, opened.name, values))
+    others, own = _named(data, options), opened.data
+    if others is None or own is None or isinstance(own, TextData):
+        return opened
+    problems = []
+    if len(others.classes) != len(own.classes):
+        problems.append(f"it has {len(others.classes)} classes, the model was trained on {len(own.classes)}")
+    if others.shape[0] != own.shape[0]:
+        problems.append(f"its images have {others.shape[0]} channels, the model takes {own.shape[0]}")
+    check_all(problems, f"Data {data!r} do not fit {str(opened.folder)!r}")
+    return replace(opened, data=others, stats=own.stats)
+
+
+def _restated(images: Tensor, now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> Tensor:
+    """Images normalised by mean and deviation ``now``, normalised by ``then`` instead."""
+    (mean, std), (other, scale) = ([part.view(1, -1, 1, 1) for part in stats] for stats in (now, then))
+    return (images * std + mean - other) / torch.where(scale > 0, scale, 1.0)
 
 
 def _open_run(folder: Path) -> Opened:
@@ -130,8 +184,7 @@ def choose_plan(
         raise InputError("Give one of --blocks, --names and --plan.")
     own = opened.folder / "plan.json" if opened.folder else None
     if number is not None:
-        images, labels = opened.train_images(limit)
-        data = in_batches(images, labels, 128)
+        data = opened.batches("train", limit)
         ranking = resect.rank(
             opened.model, blocks, data, metric="cross_entropy", progress=functools.partial(display.steps, "ranked")
         )

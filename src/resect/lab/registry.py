@@ -58,7 +58,9 @@ def fit_options(name: str, channels: int, classes: int) -> dict[str, Any]:
     if name.startswith("torchvision:"):
         return {"num_classes": classes}
     if name.startswith("hf:"):
-        raise InputError(f"{name!r} does not go with --data: a data set here is of images for timm or torchvision.")
+        raise InputError(
+            f"{name!r} takes no images here, as timm and torchvision do. For a language model: --data text:FILE."
+        )
     return {"in_channels": channels, "num_classes": classes}
 
 

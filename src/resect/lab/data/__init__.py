@@ -1,5 +1,6 @@
 """Images to train on: by name, resident in memory as uint8 tensors, or streamed."""
 
+from resect.lab.data.byname import data_by_name
 from resect.lab.data.images import ImageData, Split, batches, in_batches, mean_std, normalize
 from resect.lab.data.named import load, open_data
 from resect.lab.data.source import Data, Resident, Source, open_source
@@ -15,6 +16,7 @@ __all__ = [
     "Streamed",
     "StreamedData",
     "batches",
+    "data_by_name",
     "in_batches",
     "load",
     "mean_std",

@@ -34,10 +34,15 @@ class ImageData:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    @property
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel in pixel units, of the training split."""
+        return mean_std(self.train)
+
     def sample(self, which: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """The first ``limit`` images of the split "train" or "test", normalised by "train", and their labels."""
         split: Split = getattr(self, which)
-        return normalize(split.images[:limit], *mean_std(self.train)), split.labels[:limit]
+        return normalize(split.images[:limit], *self.stats), split.labels[:limit]
 
 
 def mean_std(split: Split) -> tuple[Tensor, Tensor]:
