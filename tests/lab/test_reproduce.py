@@ -47,7 +47,7 @@ def test_the_table_pairs_by_seed():
     ]
     lines = reproduce.table(rows).splitlines()
     assert lines[2] == "| plain | 10.00, 12.00, 14.00 | 12.00 ± 2.00 |  | 302 |"
-    mean, low, high = -2.0, *resect.analyse.lesion.interval([-1.0, -1.0, -4.0])
+    mean, low, high = -2.0, *resect.analyse.interval.interval([-1.0, -1.0, -4.0])
     assert (
         lines[3]
         == f"| stochastic depth | 9.00, 11.00, 10.00 | 10.00 ± 1.00 | {mean:+.2f} ({low:+.2f} … {high:+.2f}) | 302 |"

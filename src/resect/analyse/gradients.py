@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from resect.analyse.backward import LossFn, differentiable, mean_factor
 from resect.analyse.by_length import gradients_by_length
-from resect.analyse.lesion import interval
+from resect.analyse.interval import interval
 from resect.analyse.paths import path_lengths
 from resect.analyse.single_paths import sample_path_gradients
 from resect.blocks.example import device_of, to_device

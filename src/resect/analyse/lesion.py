@@ -1,82 +1,33 @@
-"""Lesion studies: close blocks of a trained model and measure.
+"""Lesion studies: close blocks of a trained model, or swap its layers, and measure.
 
 Veit, Wilber, Belongie, "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", NIPS
-2016, section 4: deleting one block hardly matters, deleting many raises the error smoothly.
+2016, section 4: deleting one block hardly matters; deleting or reordering many raises the error smoothly.
 """
 
 from __future__ import annotations
 
-import math
-import random
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from resect.analyse import reorder, subsets
+from resect.analyse.greedy import greedy_cost, greedy_deletion
+from resect.analyse.repeatable import check_repeatable
+from resect.analyse.study import Lesion, LesionStudy
+from resect.analyse.subnetworks import measure_teams, subnetworks, team_sizes
+from resect.analyse.subsets import Subset
+from resect.analyse.swappable import swappable
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
-from resect.blocks.measure import Progress, measure_closed
-from resect.blocks.metrics import Metric
-from resect.errors import InputError
+from resect.blocks.measure import Progress, mean_metric, measure_closed
+from resect.blocks.metrics import Metric, metric_label, metric_named
+from resect.blocks.modes import kept_modes
+from resect.errors import BlocksError, InputError
 
-
-@dataclass(frozen=True)
-class Lesion:
-    """One measurement: the metric with some blocks closed."""
-
-    closed: tuple[str, ...]
-    value: float
-
-
-@dataclass(frozen=True)
-class LesionStudy:
-    """What closing blocks does to a model.
-
-    ``baseline`` is the metric of the whole model; ``each`` one measurement per block, in order;
-    ``random`` the measurements with k blocks closed at random.
-    """
-
-    metric: str
-    baseline: float
-    each: tuple[Lesion, ...]
-    random: tuple[Lesion, ...] = ()
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Return per block how much the metric rises when it is closed: what ``rank`` sorts by."""
-        return {lesion.closed[0]: lesion.value - self.baseline for lesion in self.each}
-
-    def by_count(self) -> list[dict[str, float]]:
-        """Return per number k of closed blocks: draws, mean, and a 95 % interval of the mean (Student's t)."""
-        rows = []
-        for k in sorted({len(lesion.closed) for lesion in self.random}):
-            values = [lesion.value for lesion in self.random if len(lesion.closed) == k]
-            low, high = interval(values)
-            rows.append({"k": k, "draws": len(values), "mean": statistics.fmean(values), "low": low, "high": high})
-        return rows
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return every measurement as a plain dict, for CSV and tables."""
-        everything = (
-            *((lesion, "each") for lesion in self.each),
-            *((lesion, "random") for lesion in self.random),
-        )
-        return [
-            {"study": kind, "k": len(lesion.closed), "closed": " ".join(lesion.closed), self.metric: lesion.value,
-             "change": lesion.value - self.baseline}
-            for lesion, kind in everything
-        ]  # fmt: skip
-
-    def __str__(self) -> str:
-        lines = [f"{self.metric} of the whole model: {self.baseline:.4g}; with one block closed:"]
-        lines += [f"  {name:<32} {change:+.4g}" for name, change in self.scores.items()]
-        for row in self.by_count():
-            span = f"95 % of the mean: {row['low']:.4g} … {row['high']:.4g}, {row['draws']} draws"
-            lines.append(f"  {row['k']:g} at random: {row['mean']:.4g}  ({span})")
-        return "\n".join(lines)
+__all__ = ["Lesion", "LesionStudy", "lesion_study"]
 
 
 def lesion_study(
@@ -87,66 +38,135 @@ def lesion_study(
     metric: str | Metric = "top1",
     each: bool = True,
     random_counts: Sequence[int] = (),
+    runs: Sequence[int] = (),
+    groups: Sequence[str] = (),
+    greedy: bool | int = False,
+    pairs: bool = False,
+    swaps: Sequence[int] = (),
+    paths: Sequence[int] = (),
     draws: int = 10,
     seed: int = 0,
     forward: Forward = forward_batch,
     progress: Progress | None = None,
 ) -> LesionStudy:
-    """Close each block in turn, and k blocks at random, and measure every time.
+    """Close blocks of a trained model in one way or several, and measure every time.
 
     Parameters
     ----------
-    model, blocks: a trained model and its blocks; the model is left exactly as it was.
+    model, blocks: a trained model and its blocks; the model is left exactly as it was, its modes included.
     data: batches, gone through once per measurement: a list, a DataLoader, any iterable that can be
         repeated. A tuple is (inputs, target), a mapping is run as keyword arguments.
-    metric: ``"top1"``, ``"top5"`` (errors in %), ``"cross_entropy"`` (nats), or ``f(output, batch)``
-        that returns one number per sample. Lower is better.
-    each: whether to close each block alone.
+    metric: ``"top1"``, ``"top5"`` (errors in %), ``"cross_entropy"`` (nats), ``"perplexity"``, or
+        ``f(output, batch)`` that returns one number per sample, (B,). Lower is better. Of a language model, logits
+        (B, T, V) with labels (B, T), every token counts; labels are shifted as transformers does, −100 is left out.
+    each: close each block alone.
     random_counts: for each k of these, close k blocks drawn at random, ``draws`` times.
-    seed: of the draws; the same seed gives the same subsets on any machine.
+    runs: for each m of these, close every run of m neighbouring blocks.
+    groups: any of ``"stage"``, ``"part"`` (attention, mlp, conv), ``"layer"``, ``"kind"`` (downsampling or not):
+        close every such group as a whole. A downsampling block's shortcut stays.
+    greedy: close one block after the other, always the one that is missed least; a number: so many of them. Takes
+        n + (n − 1) + … measurements.
+    pairs: close every pair of blocks; ``interactions()`` says how much that differs from closing each, which is
+        measured too.
+    swaps: for each k of these, swap k random pairs of layers built alike, ``draws`` times (figure 5b of the paper).
+    paths: for each length of these, ``draws`` random sub-networks of so many open branches, all others closed; and
+        the ensembles of 2, 4, 8 … of them, whose output is the logarithm of the mean of their probabilities.
+    seed: of the draws; the same seed gives the same draws for the same names on any machine.
     forward: how to run one batch, ``(model, batch) -> output``, where the default does not fit.
     progress: called as ``progress(done, total)`` after every measurement.
 
     Raises
     ------
-    InputError: no data, an unknown metric, a metric that is NaN, or k outside 0 … number of blocks.
+    InputError: no data or data that cannot be repeated, an unknown metric, one that is NaN or gives anything but one
+        number per sample, a number outside 0 … number of blocks, a model that computes something random in eval mode.
+    BlocksError: no blocks; swaps where no two layers can change places (it says why for each).
     """
     blocks = resolve(model, blocks)
-    subsets: list[tuple[str, ...]] = [(name,) for name in blocks.names] if each else []
-    subsets += list(random_subsets(blocks, random_counts, draws, seed))
-    baseline, values = measure_closed(model, blocks, data, subsets, metric, forward, progress)
-    lesions = [Lesion(subset, value) for subset, value in zip(subsets, values, strict=True)]
-    singles = len(blocks) if each else 0
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
-    return LesionStudy(name, baseline, tuple(lesions[:singles]), tuple(lesions[singles:]))
+    if not blocks:
+        raise BlocksError("There is nothing to close: the selection of residual blocks is empty.")
+    if draws < 1:
+        raise InputError(f"draws must be at least 1, but is {draws}.")
+    if pairs and len(blocks) < 2:
+        raise InputError("Pairs need at least two blocks, and there is one.")
+    depth = len(blocks) if greedy is True else int(greedy)
+    if not 0 <= depth <= len(blocks):
+        raise InputError(f"greedy must be a number of blocks from 0 to {len(blocks)}, but is {greedy}.")
+    measured = metric_named(metric)
+    single = [
+        *(subsets.each(blocks) if each or pairs else ()),
+        *subsets.random_subsets(blocks, random_counts, draws, seed),
+        *subsets.runs(blocks, runs),
+        *subsets.groups(blocks, groups),
+        *(subsets.pairs(blocks) if pairs else ()),
+    ]
+    by_length = list(subnetworks(blocks, paths, draws, seed))
+    orders = list(_orders(model, blocks, swaps, draws, seed)) if swaps else []
+    check_repeatable(model, _first(data), forward)
+
+    total = len(single) + greedy_cost(len(blocks), depth) + len(orders) + len(by_length) * draws
+    done = 0
+
+    def step(_: int = 0, __: int = 0) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    known: dict[tuple[str, ...], float] = {}
+
+    def measure(wanted: Sequence[Subset]) -> list[float]:
+        """Measure what was not measured before: of pairs, groups and greedy's first step much was."""
+        new = list(dict.fromkeys(subset.closed for subset in wanted if subset.closed not in known))
+        for _ in range(len(wanted) - len(new)):
+            step()
+        known[()], values = measure_closed(model, blocks, data, new, measured, forward, step)
+        known.update(zip(new, values, strict=True))
+        return [known[subset.closed] for subset in wanted]
+
+    lesions = [Lesion.of(subset, value) for subset, value in zip(single, measure(single), strict=True)]
+    lesions += [Lesion.of(subset, value) for subset, value in greedy_deletion(blocks.names, depth, measure)]
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        for k, draw, layers, order in orders:
+            with reorder.reordered(model, layers, order):
+                value = mean_metric(model, data, measured, forward)
+            tau, where = reorder.kendall_tau(order), reorder.describe(layers, order)
+            lesions.append(Lesion((), value, "swaps", k, where, draw, tau))
+            step()
+        for length, drawn in by_length:
+            sizes = team_sizes(draws)
+            alone, teams = measure_teams(model, blocks, data, drawn, sizes, measured, forward, step)
+            lesions += [
+                Lesion(subset.closed, value, "paths", length, draw=subset.draw)
+                for subset, value in zip(drawn, alone, strict=True)
+            ]
+            lesions += [
+                Lesion((), value, "ensembles", length, draw=draw, members=size)
+                for size in sizes
+                for draw, value in enumerate(teams[size])
+            ]
+    return LesionStudy(metric_label(metric), known[()], tuple(lesions), blocks)
 
 
-def random_subsets(blocks: Blocks, counts: Sequence[int], draws: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """Draw ``draws`` subsets of k names for each k; a function of the names, the counts and the seed alone."""
-    for k in counts:
-        if not 0 <= k <= len(blocks):
-            raise InputError(
-                f"Cannot close {k} blocks at random: there are {len(blocks)}. Give counts from 0 to {len(blocks)}."
-            )
+def _orders(
+    model: nn.Module, blocks: Blocks, swaps: Sequence[int], draws: int, seed: int
+) -> Iterator[tuple[int, int, list[str], list[int]]]:
+    """Draw ``draws`` new orders of the layers for each number of swaps."""
+    layers, groups = swappable(model, blocks)
+    for k in swaps:
+        if k < 0:
+            raise InputError(f"Cannot swap {k} pairs of layers. Give numbers from 0 on.")
         for draw in range(draws):
-            chosen = set(random.Random(f"{seed}/{k}/{draw}").sample(blocks.names, k))
-            yield tuple(name for name in blocks.names if name in chosen)
+            yield k, draw, layers, reorder.random_order(layers, groups, k, f"{seed}/swap/{k}/{draw}")
 
 
-# Student's t, two-sided 95 %, for 1 … 30 degrees of freedom.
-# fmt: off
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)
-# fmt: on
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % confidence interval of the mean (Student's t; infinite for a single value)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return -math.inf, math.inf
-    t = _T95[len(values) - 2] if len(values) <= 31 else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
+def _first(data: Iterable[Any]) -> Any:
+    """Return the first batch of data that can be repeated."""
+    iterator = iter(data)
+    if iterator is data:
+        raise InputError(
+            "The data is an iterator that runs dry after one pass. Pass list(data), or the DataLoader itself."
+        )
+    for batch in iterator:
+        return batch
+    raise InputError("The data gave no samples. Pass a list of batches or a DataLoader that is not empty.")

@@ -1,56 +1,169 @@
-"""What is measured of an output: one number per sample, lower is better."""
+"""What is measured of an output: one number per sample, or per token of a language model; lower is better."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from resect.errors import InputError, unknown
+from resect.errors import InputError, quoted, unknown
 
 Metric = Callable[[Any, Any], Tensor]
 """``metric(output, batch)`` gives one number per sample, (B,); their mean counts. Lower is better."""
 
+IGNORED = -100
+"""The label of a token that does not count, as transformers has it."""
+
+# Their logits stand at the labels' own places; every other (B, T, classes) output says at token t what token t+1 is.
+_NOT_SHIFTED = ("MaskedLM", "Seq2Seq", "TokenClassifier")
+
 
 def target_of(batch: Any) -> Tensor:
     """Return the target of a batch: the second item of a tuple, ``"labels"`` of a mapping."""
-    target = batch.get("labels") if isinstance(batch, dict) else batch[1] if isinstance(batch, (tuple, list)) else None
-    if not isinstance(target, Tensor):
+    found = None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    if not isinstance(found, Tensor):
         raise InputError(
-            "This metric needs targets: batches must be (inputs, target) tuples, or mappings with 'labels'."
+            "This metric needs targets: batches must be (inputs, target) tuples, or mappings with 'labels' (of a "
+            "language model: a copy of input_ids, with -100 where a token does not count)."
         )
-    return target
+    return found
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the (B, classes) scores of an output: the tensor itself, or its ``logits``."""
-    return output if isinstance(output, Tensor) else output.logits
+    """Return the scores of an output: the tensor itself, its ``logits``, or the first tensor of a tuple."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)):
+        found = next((item for item in found if isinstance(item, Tensor) and item.dim() > 1), None)
+    if isinstance(found, Tensor):
+        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+    keys = f" with {quoted(output)}" if isinstance(output, Mapping) else ""
+    raise InputError(
+        f"The model returns a {type(output).__name__}{keys}, in which this metric finds no scores. Pass a metric of "
+        "your own, metric(output, batch) -> one number per sample, or forward=(model, batch) -> scores."
+    )
+
+
+def _scored(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return scores (N, classes) and targets (N,): N samples, or those tokens of a language model that count.
+
+    Scores (B, T, classes) and labels (B, T) are shifted by one token as transformers does, but for outputs of
+    masked and sequence-to-sequence models and of token classifiers, whose labels are not shifted there either.
+    """
+    logits, target = logits_of(output), target_of(batch)
+    if logits.dim() == 3 and target.shape == logits.shape[:2]:
+        if not type(output).__name__.startswith(_NOT_SHIFTED):
+            logits, target = logits[:, :-1], target[:, 1:]
+        logits, target = logits.flatten(0, 1), target.flatten()
+    if logits.dim() != 2 or target.shape != logits.shape[:1]:
+        raise InputError(
+            f"This metric does not fit: the scores have the shape {tuple(logits.shape)} and the targets "
+            f"{tuple(target.shape)}. It takes (B, classes) with (B,), or (B, T, classes) with (B, T). For anything "
+            "else pass a metric of your own: metric(output, batch) -> one number per sample."
+        )
+    kept = target != IGNORED
+    return logits[kept], target[kept]
 
 
 def top1_error(output: Any, batch: Any) -> Tensor:
     """Return 100 where the best class is wrong, 0 where it is right: its mean is the top-1 error in %."""
-    return 100.0 * (logits_of(output).argmax(dim=-1) != target_of(batch)).double()
+    logits, target = _scored(output, batch)
+    return 100.0 * (logits.argmax(dim=-1) != target).double()
 
 
 def top5_error(output: Any, batch: Any) -> Tensor:
     """Return 100 where the target is not among the best five: its mean is the top-5 error in %."""
-    best = logits_of(output).topk(5, dim=-1).indices
-    return 100.0 * (best != target_of(batch).unsqueeze(-1)).all(dim=-1).double()
+    logits, target = _scored(output, batch)
+    if logits.shape[-1] < 5:
+        raise InputError(f"top5 needs at least 5 classes; this model has {logits.shape[-1]}. Use top1.")
+    return 100.0 * (logits.topk(5, dim=-1).indices != target.unsqueeze(-1)).all(dim=-1).double()
 
 
 def cross_entropy(output: Any, batch: Any) -> Tensor:
-    """Return the cross-entropy of each sample, in nats."""
-    return nn.functional.cross_entropy(logits_of(output), target_of(batch), reduction="none").double()
+    """Return the cross-entropy of each sample, or of each token, in nats."""
+    logits, target = _scored(output, batch)
+    return nn.functional.cross_entropy(logits, target, reduction="none").double()
 
 
-METRICS: dict[str, Metric] = {"top1": top1_error, "top5": top5_error, "cross_entropy": cross_entropy}
+def perplexity(output: Any, batch: Any) -> Tensor:
+    """Return the cross-entropies; ``mean_of`` makes the perplexity of them, which no mean of numbers is."""
+    return cross_entropy(output, batch)
+
+
+METRICS: dict[str, Metric] = {
+    "top1": top1_error,
+    "top5": top5_error,
+    "cross_entropy": cross_entropy,
+    "perplexity": perplexity,
+}
 
 
 def metric_named(metric: str | Metric) -> Metric:
-    """Return a metric by name, or the function itself."""
-    if callable(metric):
-        return metric
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    return METRICS[metric]
+    """Return a metric by name; a function is returned with a check of what it gives."""
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+        return METRICS[metric]
+    if not callable(metric):
+        raise InputError(
+            f"metric must be one of {quoted(METRICS)} or a function (output, batch) -> one number per sample, not "
+            f"{metric!r}."
+        )
+    return metric if metric in METRICS.values() else _checked(metric)
+
+
+def metric_label(metric: str | Metric) -> str:
+    """Return what a metric is called in tables."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+
+
+def mean_of(metric: Metric, total: float, count: int) -> float:
+    """Return a metric's value on all data from the sum and the number of what it gave on each batch.
+
+    Raises ``InputError`` where nothing was given, and where it is NaN.
+    """
+    if not count:
+        raise InputError(
+            "The data gave no samples, or none that counts. Pass a list of batches or a DataLoader, not an exhausted "
+            "iterator."
+        )
+    mean = total / count
+    if math.isnan(mean):
+        raise InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
+    if metric is not perplexity:
+        return mean
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _checked(metric: Metric) -> Metric:
+    """Return the metric with a check that it gives one number per sample."""
+
+    def checked(output: Any, batch: Any) -> Tensor:
+        values = metric(output, batch)
+        size = next((leaf.shape[0] for leaf in tree_leaves(_plain(batch)) if _has_rows(leaf)), None)
+        if isinstance(values, Tensor) and values.dim() == 1 and len(values) == (len(values) if size is None else size):
+            return values
+        got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values!r:.80}"
+        wanted = "a tensor of shape (B,)" if size is None else f"a tensor of shape ({size},)"
+        raise InputError(
+            f"The metric {metric_label(metric)!r} returned {got} for a batch of {size or 'B'} samples. It must return "
+            f"one number per sample, {wanted}; a mean over the batch would count the last, smaller batch too much "
+            "(in torch's losses: reduction='none')."
+        )
+
+    return checked
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

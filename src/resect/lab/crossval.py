@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import resect
-from resect.analyse.lesion import interval
+from resect.analyse.interval import interval
 from resect.blocks.plan import Plan
 from resect.files import whole_folder
 from resect.lab import recipe as recipes

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resect.analyse.lesion import interval
+from resect.analyse.interval import interval
 from resect.blocks.plan import Plan
 from resect.errors import ResectError
 from resect.files import write_text

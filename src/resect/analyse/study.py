@@ -1,0 +1,162 @@
+"""What a lesion study found: every measurement, and what they come to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from resect.analyse.interval import interval
+from resect.analyse.subsets import Subset, downsamples
+from resect.blocks.block import Blocks
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One measurement: the metric with some blocks closed, or with some layers in other places."""
+
+    closed: tuple[str, ...]
+    value: float
+    study: str = "each"
+    """``each``, ``random``, ``runs``, ``by stage`` (part, layer, kind), ``greedy``, ``pairs``, ``swaps``, ``paths``
+    or ``ensembles``."""
+    k: int = 1
+    """How many blocks are closed; of ``swaps``: pairs of layers swapped; of ``paths`` and ``ensembles``: branches
+    that stay open."""
+    label: str = ""
+    """The block or group that is closed, or which layers stand where."""
+    draw: int = 0
+    tau: float | None = None
+    """Kendall's τ between the order of the layers and the original one."""
+    members: int = 1
+    """How many sub-networks are averaged."""
+
+    @classmethod
+    def of(cls, subset: Subset, value: float) -> Lesion:
+        """Return the measurement of a subset."""
+        return cls(subset.closed, value, subset.study, len(subset.closed), subset.label, subset.draw)
+
+
+@dataclass(frozen=True)
+class LesionStudy:
+    """What closing blocks does to a model.
+
+    ``baseline`` is the metric of the whole model, ``lesions`` every measurement, in the order of the studies;
+    ``print(study)`` shows what they come to, ``rows()`` is a flat table of all of them.
+    """
+
+    metric: str
+    baseline: float
+    lesions: tuple[Lesion, ...]
+    blocks: Blocks = field(default_factory=lambda: Blocks(()), compare=False, repr=False)
+
+    def of(self, study: str) -> tuple[Lesion, ...]:
+        """Return the measurements of one study: ``study.of("greedy")``."""
+        return tuple(lesion for lesion in self.lesions if lesion.study == study)
+
+    @property
+    def each(self) -> tuple[Lesion, ...]:
+        """Return one measurement per block, in order."""
+        return self.of("each")
+
+    @property
+    def random(self) -> tuple[Lesion, ...]:
+        """Return the measurements with k blocks closed at random."""
+        return self.of("random")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Return per block how much the metric rises when it is closed: what ``rank`` sorts by."""
+        return {lesion.closed[0]: lesion.value - self.baseline for lesion in self.each}
+
+    def by_count(self, study: str = "random") -> list[dict[str, float]]:
+        """Return per k and members of a study: draws, mean, and a 95 % interval of the mean (Student's t)."""
+        rows = []
+        found = self.of(study)
+        for k, members in sorted({(lesion.k, lesion.members) for lesion in found}):
+            values = [lesion.value for lesion in found if (lesion.k, lesion.members) == (k, members)]
+            low, high = interval(values)
+            rows.append(
+                {"k": k, "members": members, "draws": len(values), "mean": statistics.fmean(values),
+                 "low": low, "high": high}
+            )  # fmt: skip
+        return rows
+
+    def interactions(self) -> list[dict[str, Any]]:
+        """Return per pair of blocks Δ(i,j) − Δ(i) − Δ(j), where Δ is the change of the metric with them closed.
+
+        Zero says that the two blocks do not depend on each other: closing both costs what closing each costs.
+        Rows with ``one``, ``other``, ``both`` (Δ(i,j)), ``apart`` (Δ(i) + Δ(j)) and ``interaction``.
+        """
+        alone = self.scores
+        rows = []
+        for lesion in self.of("pairs"):
+            one, other = lesion.closed
+            both, apart = lesion.value - self.baseline, alone[one] + alone[other]
+            rows.append({"one": one, "other": other, "both": both, "apart": apart, "interaction": both - apart})
+        return rows
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return every measurement as a plain dict, for files and tables: all that the figures are drawn from."""
+        known = {block.name: block for block in self.blocks}
+        rows = []
+        for lesion in self.lesions:
+            block = known.get(lesion.label) if lesion.study in ("each", "greedy") else None
+            rows.append(
+                {"study": lesion.study, "metric": self.metric}
+                | asdict(lesion)
+                | {"closed": " ".join(lesion.closed), "baseline": self.baseline, "change": lesion.value - self.baseline}
+                | {column: getattr(block, column, None) for column in ("index", "stage", "part", "shortcut")}
+            )
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.metric} of the whole model: {self.baseline:.4g}" + _each(self), *_others(self)])
+
+
+def _each(study: LesionStudy) -> str:
+    if not study.each:
+        return ""
+    down = {block.name for block in study.blocks if downsamples(block)}
+    lines = (f"  {n:<32} {c:+.4g}{'  (downsampling)' if n in down else ''}" for n, c in study.scores.items())
+    return "; with one block closed:\n" + "\n".join(lines)
+
+
+def _others(study: LesionStudy) -> Iterable[str]:
+    for row in study.by_count():
+        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(row)}"
+    for row in study.by_count("runs"):
+        worst = max((x for x in study.of("runs") if x.k == row["k"]), key=lambda lesion: lesion.value)
+        yield f"  {row['k']:g} in a row: {row['mean']:.4g} on average, worst {worst.value:.4g} from {worst.label}"
+    for lesion in study.lesions:
+        if lesion.study.startswith("by "):
+            yield f"  {lesion.label}, {lesion.k} closed together: {lesion.value:.4g}"
+    steps = study.of("greedy")
+    if steps:
+        yield "always closing the block that is missed least:"
+        yield from (f"  {x.k:>3} closed, the last {x.label:<32} {x.value:.4g}" for x in steps)
+    pairs = study.interactions()
+    if pairs:
+        yield from _pairs(pairs)
+    for row in study.by_count("swaps"):
+        tau = statistics.fmean(x.tau or 0 for x in study.of("swaps") if x.k == row["k"])
+        yield f"  {row['k']:g} swaps of layers (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(row)}"
+    for name, what in (("paths", "branches open"), ("ensembles", "branches open")):
+        for row in study.by_count(name):
+            team = f", {row['members']:g} sub-networks averaged" if name == "ensembles" else ", one sub-network"
+            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(row)}"
+
+
+def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
+    size = statistics.fmean(abs(row["interaction"]) for row in pairs)
+    apart = statistics.fmean(abs(row["apart"]) for row in pairs)
+    most = max(pairs, key=lambda row: abs(row["interaction"]))
+    yield f"{len(pairs)} pairs of blocks: closing both differs from closing each, added up, by {size:.4g} on average,"
+    yield f"  beside {apart:.4g} for the sum; most for {most['one']} and {most['other']}: {most['interaction']:+.4g}"
+
+
+def _span(row: dict[str, float]) -> str:
+    if row["draws"] < 2:
+        return "(1 draw)"
+    return f"(95 % of the mean: {row['low']:.4g} … {row['high']:.4g}, {row['draws']:g} draws)"

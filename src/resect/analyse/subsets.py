@@ -1,0 +1,88 @@
+"""Which blocks a lesion study closes at a time: functions of the blocks' names and a seed alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.choose import layer_of
+from resect.errors import InputError, unknown
+
+
+class Subset(NamedTuple):
+    """Blocks to close together, and why."""
+
+    study: str
+    closed: tuple[str, ...]
+    label: str = ""
+    """What the subset is: the name of a group, the first block of a run."""
+    draw: int = 0
+    """Which of the random draws of one kind, from 0."""
+
+
+def each(blocks: Blocks) -> Iterator[Subset]:
+    """Every block alone."""
+    return (Subset("each", (block.name,), block.name) for block in blocks)
+
+
+def random_subsets(blocks: Blocks, counts: Sequence[int], draws: int, seed: int) -> Iterator[Subset]:
+    """Draw ``draws`` subsets of k blocks for each k."""
+    for k in counts:
+        if not 0 <= k <= len(blocks):
+            raise InputError(
+                f"Cannot close {k} blocks at random: there are {len(blocks)}. Give counts from 0 to {len(blocks)}."
+            )
+        for draw in range(draws):
+            chosen = set(random.Random(f"{seed}/{k}/{draw}").sample(blocks.names, k))
+            yield Subset("random", _in_order(blocks, chosen), draw=draw)
+
+
+def runs(blocks: Blocks, lengths: Sequence[int]) -> Iterator[Subset]:
+    """For each m every run of m neighbouring blocks, n − m + 1 of them."""
+    for m in lengths:
+        if not 1 <= m <= len(blocks):
+            raise InputError(
+                f"There is no run of {m} neighbouring blocks: there are {len(blocks)}. Give lengths from 1 to "
+                f"{len(blocks)}."
+            )
+        for start in range(len(blocks) - m + 1):
+            names = tuple(blocks.names[start : start + m])
+            yield Subset("runs", names, names[0])
+
+
+GROUPS: dict[str, Callable[[ResidualBlock], str]] = {
+    "stage": lambda block: f"stage {block.stage}",
+    "part": lambda block: block.part,
+    "layer": lambda block: layer_of(block.owner),
+    "kind": lambda block: "downsampling" if downsamples(block) else "identity",
+}
+"""What blocks can be grouped by. ``kind`` sets those apart whose shortcut does something, which stays."""
+
+
+def downsamples(block: ResidualBlock) -> bool:
+    """Whether the block's shortcut is more than the identity; its shortcut stays when the block is closed."""
+    return block.shortcut != "identity"
+
+
+def groups(blocks: Blocks, by: Iterable[str]) -> Iterator[Subset]:
+    """For each of "stage", "part", "layer", "kind": every group of blocks closed as a whole."""
+    for grouping in by:
+        if grouping not in GROUPS:
+            raise unknown("grouping of blocks", grouping, GROUPS)
+        members: dict[str, list[str]] = {}
+        for block in blocks:
+            members.setdefault(GROUPS[grouping](block), []).append(block.name)
+        for label, names in members.items():
+            yield Subset(f"by {grouping}", tuple(names), label)
+
+
+def pairs(blocks: Blocks) -> Iterator[Subset]:
+    """Every pair of blocks, n(n − 1)/2 of them."""
+    return (Subset("pairs", pair) for pair in itertools.combinations(blocks.names, 2))
+
+
+def _in_order(blocks: Blocks, chosen: set[str]) -> tuple[str, ...]:
+    return tuple(name for name in blocks.names if name in chosen)
