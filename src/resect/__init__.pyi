@@ -26,7 +26,8 @@ from resect.train.effective_paths import EffectivePaths as EffectivePaths
 from resect.train.random_subset import RandomSubset as RandomSubset
 from resect.train.controls import CONTROLS as CONTROLS, droppath_control as droppath_control
 from resect.train.recalibrate import recalibrate as recalibrate
-from resect.analyse.lesion import LesionStudy as LesionStudy, lesion_study as lesion_study
+from resect.analyse.lesion import lesion_study as lesion_study
+from resect.analyse.study import LesionStudy as LesionStudy
 from resect.analyse.paths import path_lengths as path_lengths
 from resect.analyse.gradients import PathGradients as PathGradients, path_gradients as path_gradients
 from resect.blocks.plan import Plan as Plan

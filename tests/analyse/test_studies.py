@@ -129,6 +129,15 @@ def test_rows_hold_all_that_is_drawn(setup):
     assert "2 swaps of layers (mean Kendall τ" in text
 
 
+def test_perplexity_is_the_exponential_of_the_mean_in_every_study(setup):
+    every = {"each": True, "swaps": [1], "paths": [2], "draws": 2}
+    nats = study(setup, **every)
+    found = study(setup, **every, metric="perplexity")
+    assert found.baseline == pytest.approx(math.exp(nats.baseline))
+    for one, other in zip(nats.lesions, found.lesions, strict=True):
+        assert other.value == pytest.approx(math.exp(one.value))
+
+
 class Noisy(nn.Module):
     """Dropout that does not ask whether it trains."""
 

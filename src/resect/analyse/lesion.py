@@ -23,11 +23,9 @@ from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
 from resect.blocks.measure import Progress, mean_metric, measure_closed
-from resect.blocks.metrics import Metric, metric_label, metric_named
+from resect.blocks.metrics import Metric, finished, metric_label, metric_named
 from resect.blocks.modes import kept_modes
 from resect.errors import BlocksError, InputError
-
-__all__ = ["Lesion", "LesionStudy", "lesion_study"]
 
 
 def lesion_study(
@@ -119,8 +117,8 @@ def lesion_study(
         new = list(dict.fromkeys(subset.closed for subset in wanted if subset.closed not in known))
         for _ in range(len(wanted) - len(new)):
             step()
-        known[()], values = measure_closed(model, blocks, data, new, measured, forward, step)
-        known.update(zip(new, values, strict=True))
+        whole, values = measure_closed(model, blocks, data, new, measured, forward, step)
+        known.update((at, finished(measured, mean)) for at, mean in zip([(), *new], [whole, *values], strict=True))
         return [known[subset.closed] for subset in wanted]
 
     lesions = [Lesion.of(subset, value) for subset, value in zip(single, measure(single), strict=True)]
@@ -129,7 +127,7 @@ def lesion_study(
         model.eval()
         for k, draw, layers, order in orders:
             with reorder.reordered(model, layers, order):
-                value = mean_metric(model, data, measured, forward)
+                value = finished(measured, mean_metric(model, data, measured, forward))
             tau, where = reorder.kendall_tau(order), reorder.describe(layers, order)
             lesions.append(Lesion((), value, "swaps", k, where, draw, tau))
             step()

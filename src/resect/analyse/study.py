@@ -106,7 +106,8 @@ class LesionStudy:
             rows.append(
                 {"study": lesion.study, "metric": self.metric}
                 | asdict(lesion)
-                | {"closed": " ".join(lesion.closed), "baseline": self.baseline, "change": lesion.value - self.baseline}
+                | {"closed": " ".join(lesion.closed) or None, "label": lesion.label or None}
+                | {"baseline": self.baseline, "change": lesion.value - self.baseline}
                 | {column: getattr(block, column, None) for column in ("index", "stage", "part", "shortcut")}
             )
         return rows

@@ -137,6 +137,11 @@ def mean_of(metric: Metric, total: float, count: int) -> float:
     mean = total / count
     if math.isnan(mean):
         raise InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
+    return finished(metric, mean)
+
+
+def finished(metric: Metric, mean: float) -> float:
+    """Return a metric's value from the mean of what it gave: of perplexity, the exponential."""
     if metric is not perplexity:
         return mean
     return math.exp(mean) if mean < 700 else math.inf
