@@ -114,7 +114,9 @@ def test_progress_counts_to_the_end_whatever_was_known_already(setup):
     every = {"each": True, "random_counts": [1], "runs": [1], "groups": ["layer"], "greedy": True, "pairs": True}
     study(setup, **every, swaps=[1], paths=[2], draws=2, progress=lambda *now: told.append(now))
     total = 5 + 2 + 5 + 4 + 15 + 10 + 2 + 2
-    assert told == [(done, total) for done in range(1, total + 1)]
+    assert told[-1] == (total, total)
+    assert told == sorted(told)
+    assert {of for _, of in told} == {total}
 
 
 def test_rows_hold_all_that_is_drawn(setup):
@@ -136,6 +138,31 @@ def test_perplexity_is_the_exponential_of_the_mean_in_every_study(setup):
     assert found.baseline == pytest.approx(math.exp(nats.baseline))
     for one, other in zip(nats.lesions, found.lesions, strict=True):
         assert other.value == pytest.approx(math.exp(one.value))
+
+
+def test_a_study_goes_on_from_its_store_and_takes_an_evaluation(setup, tmp_path):
+    calls = []
+
+    def forward(model, batch):
+        calls.append(batch)
+        return model(batch[0])
+
+    wanted = {"each": True, "random_counts": [2], "greedy": 3, "pairs": True, "store": tmp_path / "s.jsonl"}
+    one = study(setup, **wanted, forward=forward)
+    first = len(calls)
+    assert study(setup, **wanted, forward=forward) == one
+    whole_passes = len(calls) - first
+    assert whole_passes <= 2 + 2 * (1 + 3)  # the check that nothing is random, and the whole model once a step
+    assert first > 30
+
+    def evaluate(model, batch):
+        return loss(model(batch[0]), batch[1], reduction="none")
+
+    other = study(setup, each=True, swaps=[1], evaluate=evaluate)
+    assert other.metric == "evaluate"
+    assert [x.value for x in other.each] == pytest.approx([x.value for x in one.each])
+    with pytest.raises(InputError, match="paths need a metric"):
+        study(setup, paths=[1], evaluate=evaluate)
 
 
 class Noisy(nn.Module):

@@ -86,7 +86,7 @@ def test_evaluate_runs_the_model_itself(setup):
 
 def test_a_metric_that_is_no_number_per_sample_is_refused(setup):
     net, blocks, data, subsets = setup
-    with pytest.raises(InputError, match=r"one number per sample.*gave a tensor without dimensions"):
+    with pytest.raises(InputError, match=r"returned a tensor of shape \(\).*one number per sample"):
         measure_closed(net, blocks, data, subsets, lambda output, batch: output.mean())
     with pytest.raises(InputError, match="gave float"):
         measure_closed(net, blocks, data, subsets, evaluate=lambda model, batch: 1.0)

@@ -7,25 +7,27 @@ Veit, Wilber, Belongie, "Residual Networks Behave Like Ensembles of Relatively S
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from resect.analyse import reorder, subsets
 from resect.analyse.greedy import greedy_cost, greedy_deletion
+from resect.analyse.measuring import Measuring
 from resect.analyse.repeatable import check_repeatable
 from resect.analyse.study import Lesion, LesionStudy
 from resect.analyse.subnetworks import measure_teams, subnetworks, team_sizes
-from resect.analyse.subsets import Subset
 from resect.analyse.swappable import swappable
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
-from resect.blocks.measure import Progress, mean_metric, measure_closed
-from resect.blocks.metrics import Metric, finished, metric_label, metric_named
-from resect.blocks.modes import kept_modes
+from resect.blocks.measure import Evaluate, Progress
+from resect.blocks.metrics import Metric, metric_label, metric_named
 from resect.errors import BlocksError, InputError
+
+Order = tuple[int, int, list[str], list[int]]
+"""Number of swaps, draw, layers, and which layer then stands at each place."""
 
 
 def lesion_study(
@@ -45,6 +47,8 @@ def lesion_study(
     draws: int = 10,
     seed: int = 0,
     forward: Forward = forward_batch,
+    evaluate: Evaluate | None = None,
+    store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> LesionStudy:
     """Close blocks of a trained model in one way or several, and measure every time.
@@ -71,7 +75,12 @@ def lesion_study(
         the ensembles of 2, 4, 8 … of them, whose output is the logarithm of the mean of their probabilities.
     seed: of the draws; the same seed gives the same draws for the same names on any machine.
     forward: how to run one batch, ``(model, batch) -> output``, where the default does not fit.
-    progress: called as ``progress(done, total)`` after every measurement.
+    evaluate: ``evaluate(model, batch)`` that runs the model and gives one number per sample, instead of ``metric``.
+    store: a file for what is finished; an interrupted study that is given it again goes on from there. It holds what
+        closing blocks gives; swaps and paths are measured again.
+    progress: called as ``progress(done, total)`` as measurements finish.
+
+    Several processes (``torch.distributed``) share out the subsets, with the same result as one.
 
     Raises
     ------
@@ -89,7 +98,9 @@ def lesion_study(
     depth = len(blocks) if greedy is True else int(greedy)
     if not 0 <= depth <= len(blocks):
         raise InputError(f"greedy must be a number of blocks from 0 to {len(blocks)}, but is {greedy}.")
-    measured = metric_named(metric)
+    if paths and evaluate:
+        raise InputError("Ensembles are made of the model's outputs: paths need a metric, and not evaluate.")
+    metric_named(metric)
     single = [
         *(subsets.each(blocks) if each or pairs else ()),
         *subsets.random_subsets(blocks, random_counts, draws, seed),
@@ -99,56 +110,27 @@ def lesion_study(
     ]
     by_length = list(subnetworks(blocks, paths, draws, seed))
     orders = list(_orders(model, blocks, swaps, draws, seed)) if swaps else []
-    check_repeatable(model, _first(data), forward)
-
+    check_repeatable(model, _first(data), evaluate or forward)
     total = len(single) + greedy_cost(len(blocks), depth) + len(orders) + len(by_length) * draws
-    done = 0
-
-    def step(_: int = 0, __: int = 0) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
-    known: dict[tuple[str, ...], float] = {}
-
-    def measure(wanted: Sequence[Subset]) -> list[float]:
-        """Measure what was not measured before: of pairs, groups and greedy's first step much was."""
-        new = list(dict.fromkeys(subset.closed for subset in wanted if subset.closed not in known))
-        for _ in range(len(wanted) - len(new)):
-            step()
-        whole, values = measure_closed(model, blocks, data, new, measured, forward, step)
-        known.update((at, finished(measured, mean)) for at, mean in zip([(), *new], [whole, *values], strict=True))
-        return [known[subset.closed] for subset in wanted]
-
-    lesions = [Lesion.of(subset, value) for subset, value in zip(single, measure(single), strict=True)]
-    lesions += [Lesion.of(subset, value) for subset, value in greedy_deletion(blocks.names, depth, measure)]
-    with kept_modes(model), torch.no_grad():
-        model.eval()
-        for k, draw, layers, order in orders:
-            with reorder.reordered(model, layers, order):
-                value = finished(measured, mean_metric(model, data, measured, forward))
-            tau, where = reorder.kendall_tau(order), reorder.describe(layers, order)
-            lesions.append(Lesion((), value, "swaps", k, where, draw, tau))
-            step()
-        for length, drawn in by_length:
-            sizes = team_sizes(draws)
-            alone, teams = measure_teams(model, blocks, data, drawn, sizes, measured, forward, step)
-            lesions += [
-                Lesion(subset.closed, value, "paths", length, draw=subset.draw)
-                for subset, value in zip(drawn, alone, strict=True)
-            ]
-            lesions += [
-                Lesion((), value, "ensembles", length, draw=draw, members=size)
-                for size in sizes
-                for draw, value in enumerate(teams[size])
-            ]
-    return LesionStudy(metric_label(metric), known[()], tuple(lesions), blocks)
+    measuring = Measuring(model, blocks, data, metric, forward, evaluate, store, progress, total)
+    lesions = [Lesion.of(subset, value) for subset, value in zip(single, measuring.closed(single), strict=True)]
+    lesions += [Lesion.of(subset, value) for subset, value in greedy_deletion(blocks.names, depth, measuring.closed)]
+    lesions += [_swapped(measuring, order) for order in orders]
+    for length, drawn in by_length:
+        lesions += measure_teams(measuring, length, drawn, team_sizes(draws))
+    name = metric_label(evaluate or metric)
+    return LesionStudy(name, measuring.baseline(), tuple(lesions), blocks)
 
 
-def _orders(
-    model: nn.Module, blocks: Blocks, swaps: Sequence[int], draws: int, seed: int
-) -> Iterator[tuple[int, int, list[str], list[int]]]:
+def _swapped(measuring: Measuring, order: Order) -> Lesion:
+    k, draw, layers, places = order
+    with reorder.reordered(measuring.model, layers, places):
+        value = measuring.as_it_is()
+    where = reorder.describe(layers, places)
+    return Lesion((), value, "swaps", k, where, draw, reorder.kendall_tau(places))
+
+
+def _orders(model: nn.Module, blocks: Blocks, swaps: Sequence[int], draws: int, seed: int) -> Iterator[Order]:
     """Draw ``draws`` new orders of the layers for each number of swaps."""
     layers, groups = swappable(model, blocks)
     for k in swaps:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from resect.analyse.measuring import Measuring
 from resect.analyse.paths import PathChooser
+from resect.analyse.study import Lesion
 from resect.analyse.subsets import Subset
 from resect.blocks.block import Blocks
-from resect.blocks.example import Forward, device_of, to_device
-from resect.blocks.gate import gates
-from resect.blocks.metrics import Metric, logits_of, mean_of
+from resect.blocks.example import device_of, to_device
+from resect.blocks.metrics import Metric, logits_of, mean_of, metric_named
+from resect.blocks.running import running
 from resect.errors import InputError
 
 
@@ -47,46 +49,34 @@ def team_sizes(draws: int) -> list[int]:
 
 
 def measure_teams(
-    model: nn.Module,
-    blocks: Blocks,
-    data: Iterable[Any],
-    subsets: Sequence[Subset],
-    sizes: Sequence[int],
-    metric: Metric,
-    forward: Forward,
-    done: Callable[[], None],
-) -> tuple[list[float], dict[int, list[float]]]:
-    """Return the metric of each sub-network, and per size m the metrics of the ensembles of m of them.
+    measuring: Measuring, length: int, subsets: Sequence[Subset], sizes: Sequence[int]
+) -> Iterator[Lesion]:
+    """Yield the measurements of sub-networks of one length, and of the ensembles of m of them, for each size m.
 
     An ensemble's output is the logarithm of the mean of its members' probabilities (softmax). The draws are dealt
-    out in turn: ensembles of one size have no member in common. ``done`` is called after each sub-network's last
-    batch.
+    out in turn: ensembles of one size have no member in common. All come from one pass over the data.
     """
-    device = device_of(model)
-    teams = {size: len(subsets) // size for size in sizes}
-    singles = [_Sum() for _ in subsets]
-    together = {size: [_Sum() for _ in range(number)] for size, number in teams.items()}
-    with gates(model, blocks) as handle:
-        for batch in data:
+    metric = metric_named(measuring.metric)
+    device = device_of(measuring.model)
+    alone = [_Sum() for _ in subsets]
+    teams = {size: [_Sum() for _ in range(len(subsets) // size)] for size in sizes}
+    with running(measuring.model, measuring.blocks, measuring.forward) as run:
+        for batch in measuring.data:
             batch = to_device(batch, device)
-            totals: dict[int, Tensor] = {}
-            for place, subset in enumerate(subsets):
-                for gate in handle:
-                    gate.close() if gate.block.name in subset.closed else gate.open()
-                output = forward(model, batch)
-                singles[place].add(metric(output, batch))
+            summed: dict[int, Tensor] = {}
+            for place, output in enumerate(run.each(batch, [subset.closed for subset in subsets])):
+                alone[place].add(metric(output, batch))
                 scores = logits_of(output).log_softmax(dim=-1)
-                for size, number in teams.items():
-                    member = place % size
-                    if place // size >= number:
-                        continue
-                    totals[size] = scores if member == 0 else torch.logaddexp(totals[size], scores)
-                    if member == size - 1:
-                        team = _like(output, totals[size] - math.log(size))
-                        together[size][place // size].add(metric(team, batch))
-    for _ in subsets:
-        done()
-    return [s.value(metric) for s in singles], {m: [s.value(metric) for s in sums] for m, sums in together.items()}
+                for size, found in teams.items():
+                    summed[size] = torch.logaddexp(summed[size], scores) if place % size else scores
+                    if (place + 1) % size == 0:
+                        found[place // size].add(metric(_like(output, summed[size] - math.log(size)), batch))
+    for subset, one in zip(subsets, alone, strict=True):
+        yield Lesion(subset.closed, one.value(metric), "paths", length, draw=subset.draw)
+    for size, found in teams.items():
+        for draw, team in enumerate(found):
+            yield Lesion((), team.value(metric), "ensembles", length, draw=draw, members=size)
+    measuring.step(len(subsets))
 
 
 class _Sum:
