@@ -28,6 +28,10 @@ class ProofError(ResectError):
     """Two models that had to be equal are not; nothing was returned or written."""
 
 
+class ExportError(ResectError):
+    """A model, or an operation in it, cannot be exported."""
+
+
 class FileError(ResectError):
     """A file is missing, damaged, or was not written by Resect."""
 

@@ -89,6 +89,29 @@ def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def files_beside(target: Path) -> Iterator[Path]:
+    """Give a temporary folder; the files in it move beside ``target``, which is moved last, only if the body succeeds."""
+    if target.is_dir():
+        raise FileError(f"{str(target)!r} is a folder. Name a file.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise _not_written(target, error) from error
+    try:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
+            _sync(file)
+            os.replace(file, target.parent / file.name)
+    except OSError as error:
+        if error.errno in _DISK:
+            raise _not_written(target, error) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Read a safetensors file whose SHA-256 is known.
 

@@ -21,6 +21,7 @@ def shrink(
     data: Data = None,
     data_option: DataOptions = None,
     limit: Annotated[int, typer.Option(min=1, help="rank on this many training images")] = 1000,
+    export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
 
@@ -50,3 +51,5 @@ def shrink(
         how = " with every block open, without its gate" if opened.gated else ""
         out.print(f"Test error: {a:.2f} %{how} → {b:.2f} %.")
     out.print(f"The cut model is in {to}.")
+    if export:
+        out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
