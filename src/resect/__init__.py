@@ -34,7 +34,7 @@ _STORY = {
     "shrink.rank": ["Ranking", "rank"],
     "shrink.remove": ["remove"],
     "shrink.files": ["load", "save"],
-    "shrink.export": ["Exported", "export"],
+    "integrations.export": ["Exported", "export"],
 }
 _ROOMS = ("errors", "files", "blocks", "train", "analyse", "shrink", "integrations")
 _HOME = {name: f"resect.{module}" for module, names in _STORY.items() for name in names}

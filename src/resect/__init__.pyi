@@ -34,7 +34,7 @@ from resect.blocks.plan import Plan as Plan
 from resect.shrink.rank import Ranking as Ranking, rank as rank
 from resect.shrink.remove import remove as remove
 from resect.shrink.files import load as load, save as save
-from resect.shrink.export import Exported as Exported, export as export
+from resect.integrations.export import Exported as Exported, export as export
 
 __version__: str
 __all__: list[str]

@@ -91,7 +91,7 @@ def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
 
 @contextmanager
 def files_beside(target: Path) -> Iterator[Path]:
-    """Give a temporary folder; the files in it move beside ``target``, which is moved last, only if the body succeeds."""
+    """Give a temporary folder; only if the body succeeds its files move beside ``target``, that one last."""
     if target.is_dir():
         raise FileError(f"{str(target)!r} is a folder. Name a file.")
     try:

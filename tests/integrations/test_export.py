@@ -9,7 +9,7 @@ from torch import nn
 
 import resect
 from resect.errors import AttachError, ExportError, FileError, InputError, ProofError
-from resect.shrink import formats
+from resect.integrations import formats
 
 FORMATS = ["onnx", "pt2"]
 
@@ -48,7 +48,7 @@ def test_a_cut_net_takes_any_batch(format, size, tmp_path):
     assert small.training
     assert done.format == format
     assert done.difference < 1e-5
-    assert 1 in done.batches and len(set(done.batches)) == 3
+    assert set(done.batches) == {1, max(size, 2), max(size, 2) + 1}
     assert [file.name for file in done.path.parent.iterdir()] == [f"net.{format}"]
     small.eval()
     for rows in (1, 2, 7):
@@ -91,7 +91,7 @@ def test_real_families(family, format, tmp_path):
     done = resect.export(small, tmp_path / f"small.{format}", example=x)
     assert done.difference < 1e-4
     assert done.batches == (2, 3, 1)
-    assert "small" in str(done) and "2, 3, 1" in str(done)
+    assert str(done).startswith(str(done.path))
 
 
 class Fixed(Net):
@@ -146,8 +146,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
         ran = right(program, path)
         return lambda example: [value + 0.01 * (len(value) == 1) for value in ran(example)]
 
-    monkeypatch.setattr("resect.shrink.export.write_pt2", slightly_wrong)
-    with pytest.raises(ProofError, match="differs by 0.01"):
+    monkeypatch.setattr("resect.integrations.export.write_pt2", slightly_wrong)
+    with pytest.raises(ProofError, match=r"differs by 0\.01"):
         resect.export(small, file, example=x)
     assert file.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.pt2"]
@@ -159,7 +159,7 @@ def test_bad_input(tmp_path):
         resect.export(small, tmp_path / "net.pth", example=x)
     with pytest.raises(InputError, match=r"must end in \.pt2"):
         resect.export(small, tmp_path / "net.onnx", example=x, format="pt2")
-    with pytest.raises(InputError, match="Unknown format 'onx'. Did you mean 'onnx'"):
+    with pytest.raises(InputError, match=r"Unknown format 'onx'\. Did you mean 'onnx'"):
         resect.export(small, tmp_path / "net.onnx", example=x, format="onx")
     (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(FileError, match="is a folder"):

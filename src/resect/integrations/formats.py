@@ -41,9 +41,8 @@ def exported_program(model: nn.Module, example: Example, batch: int | None) -> E
             model, example.args, dict(example.kwargs), dynamic_shapes=by_name if by_name else None, strict=False
         )
     except Exception as error:  # whatever the model's own code raises under tracing
-        raise ExportError(
-            f"This {type(model).__name__} cannot be exported: {_first_line(error)}{_where(error)}{_advice(error, batch is not None)}"
-        ) from error
+        said = f"{_first_line(error)}{_where(error)}{_advice(error, batch is not None)}"
+        raise ExportError(f"This {type(model).__name__} cannot be exported: {said}") from error
 
 
 def _argument_names(model: nn.Module, positional: int) -> list[str]:

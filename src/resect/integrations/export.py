@@ -17,7 +17,7 @@ from resect.blocks.trace import quiet
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError, ProofError, unknown
 from resect.files import files_beside
-from resect.shrink.formats import exported_program, outputs, write_onnx, write_pt2
+from resect.integrations.formats import exported_program, outputs, write_onnx, write_pt2
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
