@@ -29,7 +29,13 @@ from resect.train.recalibrate import recalibrate as recalibrate
 from resect.analyse.lesion import lesion_study as lesion_study
 from resect.analyse.study import LesionStudy as LesionStudy
 from resect.analyse.paths import path_lengths as path_lengths
-from resect.analyse.gradients import PathGradients as PathGradients, path_gradients as path_gradients
+from resect.analyse.effective import EffectiveLengths as EffectiveLengths, effective_lengths as effective_lengths
+from resect.analyse.gradients import (
+    PathGradients as PathGradients,
+    path_gradients as path_gradients,
+    path_gradients_by_state as path_gradients_by_state,
+)
+from resect.analyse.through import BlockGradients as BlockGradients, block_gradients as block_gradients
 from resect.blocks.plan import Plan as Plan
 from resect.shrink.rank import Ranking as Ranking, rank as rank
 from resect.shrink.remove import remove as remove

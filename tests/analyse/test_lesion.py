@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from nets import Net
 from torch import nn
 
 import resect
 from resect.analyse.interval import interval
-from resect.analyse.paths import PathChooser
 from resect.analyse.subsets import random_subsets
 from resect.blocks.intercept import Intercepted
 from resect.errors import InputError
@@ -104,35 +100,6 @@ def test_ranking_puts_the_least_missed_first(setup):
     for wrong in (0, 6, 1.5, True):
         with pytest.raises(InputError, match="whole number from 1 to 5"):
             ranking.choose(n=wrong)
-
-
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=6))
-def test_path_counts_equal_enumeration(branches):
-    counts = [0] * (len(branches) + 1)
-    for choice in itertools.product(*(range(-1, m) for m in branches)):
-        counts[sum(c >= 0 for c in choice)] += 1
-    assert resect.path_lengths(_blocks(branches)) == counts
-
-
-def test_path_counts_of_54_blocks_are_the_papers():
-    counts = resect.path_lengths(_blocks([1] * 54))
-    assert sum(counts) == 2**54
-    assert sum(counts[19:36]) / 2**54 == pytest.approx(0.9802, abs=5e-5)
-    assert sum(counts[5:18]) / 2**54 == pytest.approx(0.004537, abs=5e-7)
-
-
-def test_paths_of_a_length_are_drawn_evenly():
-    import random
-
-    blocks = _blocks([2, 1, 1])
-    chooser, draw = PathChooser(blocks), random.Random(0)
-    seen: dict[frozenset[str], int] = {}
-    for _ in range(5000):
-        path = frozenset(chooser.draw(2, draw))
-        seen[path] = seen.get(path, 0) + 1
-    assert len(seen) == resect.path_lengths(blocks)[2] == 5
-    assert min(seen.values()) > 850
-    assert max(seen.values()) < 1150
 
 
 def test_the_interval_is_students():

@@ -36,10 +36,22 @@ def test_the_steps_alone(resect, tmp_path):
     rows = list(csv.DictReader((tmp_path / "figures" / "lesion.csv").read_text().splitlines()))
     assert len(rows) == 6 + 4
 
-    code, out, _ = resect("paths", "runs/a", "--samples", "2", "--batch", "8", "--out", "figures")
+    code, out, _ = resect(
+        "paths", "runs/a", "--samples", "2", "--batch", "8", "--blocks", "--initial", "--out", "figures"
+    )
     assert code == 0, out
     assert "norm of sum (exact)" in out
-    assert len((tmp_path / "figures" / "paths.csv").read_text().splitlines()) == 8
+    assert "Norm of the sum: paths of " in out
+    assert "Sum of the norms: paths of " in out
+    rows = list(csv.DictReader((tmp_path / "figures" / "paths.csv").read_text().splitlines()))
+    assert [row["when"] for row in rows] == ["initialisation"] * 7 + ["as it is"] * 7
+    assert rows[3]["norm_of_sum"] != rows[10]["norm_of_sum"]
+    for name in ("gradients", "path_lengths", "gradients_by_moment", "block_gradients"):
+        assert (tmp_path / "figures" / f"{name}.svg").is_file()
+    code, out, _ = resect("paths", "runs/a", "--exact-only", "--max-length", "2", "--batch", "8", "--out", "figures2")
+    assert code == 0, out
+    assert "≥ 3" in out
+    assert (tmp_path / "figures2" / "gradients.png").is_file()
 
     code, out, _ = resect("shrink", "runs/a", "--blocks", "2", "--out", "cut")
     assert code == 0, out

@@ -144,6 +144,34 @@ def gradients(n: int = 54) -> list[Row]:
     return rows
 
 
+def gradients_by_moment(n: int = 20) -> list[Row]:
+    return [
+        {
+            "when": when,
+            "length": k,
+            "norm_of_sum": math.comb(n, k) * size**k,
+            "sum_of_norms": 2 * math.comb(n, k) * (1.5 * size) ** k,
+            "longer": False,
+        }
+        for when, size in {"initialisation": 0.6, "epoch 10": 0.3, "trained": 0.15}.items()
+        for k in range(n + 1)
+    ]
+
+
+def block_gradients() -> list[Row]:
+    draw = random.Random(5)
+    return [
+        {
+            "index": block["index"],
+            "name": block["name"],
+            "through": 0.02 * draw.uniform(0.1, 1.2),
+            "past": 0.02 * draw.uniform(0.4, 1.1),
+            "full": 0.02,
+        }
+        for block in small_net()
+    ]
+
+
 def response() -> list[Row]:
     draw, rows = random.Random(4), []
     for block in small_net():
@@ -203,6 +231,8 @@ ALL = {
     "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,
+    "gradients_by_moment": gradients_by_moment,
+    "block_gradients": block_gradients,
     "response": response,
     "table_latency": table_latency,
     "unit_maps": unit_maps,

@@ -10,7 +10,6 @@ from report_fakes import ALL, gradients, response
 from resect.errors import InputError
 from resect.report.figures import FIGURES, VEGA_LITE
 from resect.report.lesions import interval
-from resect.report.paths import middle
 from resect.report.schema import ABOUT, COLUMNS, NEEDS_ONE, check_rows
 
 
@@ -98,14 +97,6 @@ def test_gradients_keeps_the_two_quantities_apart() -> None:
         "norm of the sum, log scale",
         "sum of the norms, log scale",
     ]
-
-
-def test_middle_is_the_narrowest_run() -> None:
-    binomial = [(k, math.comb(54, k) / 2**54) for k in range(55)]
-    low, high, held = middle(binomial)
-    assert (low, high) == (20, 34)
-    assert held == pytest.approx(0.9598, abs=1e-4)  # exact value of P(20..34)
-    assert middle([(0, 1.0)]) == (0, 0, 1.0)
 
 
 def test_interval_is_students() -> None:

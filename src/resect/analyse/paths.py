@@ -7,52 +7,165 @@ block; a path's length is the number of branches on it.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import Any
 
-from resect.blocks.block import Blocks
+from resect.blocks.block import Blocks, ResidualBlock
+
+
+@dataclass(frozen=True)
+class Fork:
+    """One sum as a path meets it: past it by the shortcut, or through one of its branches."""
+
+    branches: tuple[Branch, ...]
+    shortcut: bool = True
+    """False where a path begins inside the one branch, and can only go on through it."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch, and the forks inside it."""
+
+    name: str
+    inside: tuple[Fork, ...] = ()
+
+
+Chain = tuple[Fork, ...]
 
 
 def path_lengths(blocks: Blocks) -> list[int]:
     """Return the number of paths of each length 0 … n, as exact integers.
 
-    They are the coefficients of the product over the sums of ``1 + m·z``, with m the number of branches of
-    that sum (m = 1 nearly always, which makes them binomial; parallel branches have m > 1).
+    They are the coefficients of the product over the sums of ``1 + m·z``, with m the number of branches of that sum
+    (Veit et al., section 3: binomial, where every m is 1). A block inside the branch of another counts on the paths
+    through that branch alone: there, ``m·z`` becomes the sum over the branches of z times the branch's own product.
     """
-    counts = [1]
-    for branches in _branches_per_sum(blocks):
-        longer = [branches * count for count in counts]
-        counts = [a + b for a, b in zip([*counts, 0], [0, *longer], strict=True)]
-    return counts
+    return counts(chain_of(blocks))
 
 
-def _branches_per_sum(blocks: Blocks) -> list[int]:
-    sums: dict[int, int] = {}
-    for block in blocks:
-        sums[block.sum] = sums.get(block.sum, 0) + 1
-    return list(sums.values())
+def counts(chain: Chain) -> list[int]:
+    """Return the coefficients of a chain's polynomial: paths by length."""
+    total = [1]
+    for fork in chain:
+        total = times(total, ways(fork))
+    return total
+
+
+def ways(fork: Fork) -> list[int]:
+    """Return the number of ways through one fork, by the number of branches taken: ``shortcut + Σ z · inside``."""
+    inside = [counts(branch.inside) for branch in fork.branches]
+    through = [sum(found[k] for found in inside if k < len(found)) for k in range(max(map(len, inside)))]
+    return [int(fork.shortcut), *through]
+
+
+def times(left: list[int], right: list[int]) -> list[int]:
+    """Multiply two polynomials."""
+    product = [0] * (len(left) + len(right) - 1)
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            product[i + j] += a * b
+    return product
+
+
+def chain_of(blocks: Blocks) -> Chain:
+    """Arrange blocks as forks one after the other, with forks inside branches."""
+    parents = {block.name: _around(block, blocks) for block in blocks}
+
+    def level(parent: str | None) -> Chain:
+        sums: dict[int, list[Branch]] = {}
+        for block in sorted(blocks, key=lambda block: block.sum):
+            if parents[block.name] == parent:
+                sums.setdefault(block.sum, []).append(Branch(block.name, level(block.name)))
+        return tuple(Fork(tuple(branches)) for branches in sums.values())
+
+    return level(None)
+
+
+def _around(block: ResidualBlock, blocks: Blocks) -> str | None:
+    """Return the block in whose branch this one lies: all that it intercepts is, or lies in, a module of that branch.
+
+    Of several, the one whose addition comes next: sums are numbered in the order of execution.
+    """
+
+    def holds(outer: ResidualBlock) -> bool:
+        return outer.sum > block.sum and all(
+            any((name, call) == top or name.startswith(f"{top[0]}.") for top in _own(outer))
+            for name, call in _own(block)
+        )
+
+    around = min((outer for outer in blocks if holds(outer)), key=lambda outer: outer.sum, default=None)
+    return around.name if around is not None else None
+
+
+def _own(block: ResidualBlock) -> list[tuple[str, int | None]]:
+    """Return what is intercepted of a block, with the numbers of the calls."""
+    return [*zip(block.modules, block.calls, strict=True), *((name, block.owner_call) for name in block.raw_parameters)]
+
+
+def chain_from(chain: Chain, name: str) -> Chain | None:
+    """Return what lies ahead of what enters the block ``name``; None where it is not in the chain."""
+    for place, fork in enumerate(chain):
+        for branch in fork.branches:
+            if branch.name == name:
+                return chain[place:]
+            inner = chain_from(branch.inside, name)
+            if inner is not None:
+                return (*inner, Fork((Branch(branch.name),), shortcut=False), *chain[place + 1 :])
+    return None
+
+
+def names_in(chain: Chain) -> list[str]:
+    """Return the names of all blocks of a chain."""
+    return [
+        name
+        for fork in chain
+        for branch in fork.branches
+        for name in (*names_in(branch.inside), branch.name)
+    ]  # fmt: skip
 
 
 class PathChooser:
-    """Draw paths of a given length, each equally likely."""
+    """Draw paths of a given length through blocks, each equally likely."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        sums: dict[int, list[str]] = {}
-        for block in blocks:
-            sums.setdefault(block.sum, []).append(block.name)
-        self.sums = list(sums.values())
-        # tails[i][k]: number of ways to choose k branches from the sums i, i+1, …
+    def __init__(self, blocks: Blocks | Chain) -> None:
+        self.chain = chain_of(blocks) if isinstance(blocks, Blocks) else blocks
+        self.ways = [ways(fork) for fork in self.chain]
+        self.inside = {branch.name: PathChooser(branch.inside) for fork in self.chain for branch in fork.branches}
+        # tails[i][k]: number of ways to choose k branches from the forks i, i+1, …
         self.tails: list[list[int]] = [[1]]
-        for branches in reversed(self.sums):
-            later = self.tails[0]
-            longer = [len(branches) * count for count in later]
-            self.tails.insert(0, [a + b for a, b in zip([*later, 0], [0, *longer], strict=True)])
+        for found in reversed(self.ways):
+            self.tails.insert(0, times(found, self.tails[0]))
+
+    @property
+    def counts(self) -> list[int]:
+        """Return the number of paths by length."""
+        return self.tails[0]
 
     def draw(self, length: int, draw: random.Random) -> set[str]:
-        """Return the names of the blocks on one random path of this length."""
+        """Return the names of the blocks on one random path of this length, of which there must be one."""
         chosen: set[str] = set()
-        for place, branches in enumerate(self.sums):
+        for place, fork in enumerate(self.chain):
             later = self.tails[place + 1]
-            with_this = len(branches) * later[length - 1] if 0 < length <= len(later) else 0
-            if draw.randrange(self.tails[place][length]) < with_this:
-                chosen.add(draw.choice(branches))
-                length -= 1
+            choices = [
+                (number * later[length - taken], taken)
+                for taken, number in enumerate(self.ways[place])
+                if 0 <= length - taken < len(later)
+            ]
+            taken = _pick(choices, draw)
+            if taken:
+                branches = [(branch, self.inside[branch.name]) for branch in fork.branches]
+                number = [(b.counts[taken - 1] if taken <= len(b.counts) else 0, (a, b)) for a, b in branches]
+                branch, inner = _pick(number, draw)
+                chosen |= {branch.name, *inner.draw(taken - 1, draw)}
+            length -= taken
         return chosen
+
+
+def _pick(weighted: list[tuple[int, Any]], draw: random.Random) -> Any:
+    """Draw one of several by whole-number weights, exactly, however large they are."""
+    place = draw.randrange(sum(weight for weight, _ in weighted))
+    for weight, value in weighted:
+        if place < weight:
+            return value
+        place -= weight
+    raise AssertionError

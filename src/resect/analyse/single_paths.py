@@ -3,80 +3,161 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from resect.analyse.backward import loss_and_place
-from resect.analyse.paths import PathChooser
-from resect.blocks.block import Blocks
-from resect.blocks.gate import gates
-from resect.blocks.measure import Progress
+from resect.analyse.backward import Case, Run, running
+from resect.analyse.loss import Batch
+from resect.analyse.paths import PathChooser, counts
+from resect.blocks.gate import Gates
+from resect.errors import InputError
 
 
 def sample_path_gradients(
-    model: nn.Module,
-    blocks: Blocks,
-    inputs: Any,
-    target: Tensor,
-    loss_fn: Any,
-    at: str,
-    counts: list[int],
-    samples: int,
-    seed: int,
-    progress: Progress | None,
+    case: Case, batch: Batch, chunk: int, lengths: int, draws: int, seed: int, done: Callable[[], None], mean: bool
 ) -> list[list[float]]:
-    """Return per length the gradient norms of single random paths, one path per sample of the batch.
+    """Return per length, of the first ``lengths``, the gradient norms of single random paths.
 
-    A single path's gradient (section 5): through the branch of the blocks on the path and not through
-    their shortcut, through the shortcut of all others and not through their branch. Values stay the same.
+    A single path's gradient (section 5): through the branch of the blocks on the path and not through their shortcut,
+    through the shortcut of all others and not through their branch. Values stay the same, so that each part of the
+    batch runs forward once; every backward pass then follows one path per sample, and ``done`` is called. The loss is a
+    sum over samples, or with ``mean`` becomes one.
     """
-    size = target.shape[0]
-    draw = random.Random(seed)
-    norms: list[list[float]] = [[] for _ in counts]
-    pending = [length for length in range(len(counts)) for _ in range(samples)]
+    chooser, draw = PathChooser(case.chain), random.Random(seed)
+    norms: list[list[float]] = [[] for _ in range(lengths)]
+    pending = [length for length in range(lengths) if chooser.counts[length] for _ in range(draws)]
     draw.shuffle(pending)
-    chooser = PathChooser(blocks)
-    for start in range(0, len(pending), size):
-        lengths = (pending[start : start + size] * size)[:size]
-        on_path = {name: [] for name in blocks.names}  # type: dict[str, list[bool]]
-        for length in lengths:
-            chosen = chooser.draw(length, draw)
-            for name, choices in on_path.items():
-                choices.append(name in chosen)
-        with gates(model, blocks) as handle:
-            for gate in handle:
-                gate.join_by(_Route(torch.tensor(on_path[gate.block.name], device=target.device)))
-            loss, where = loss_and_place(model, blocks, inputs, target, loss_fn, at)
-            gradient = torch.autograd.grad(loss, where)[0]
-        sizes = gradient.flatten(1).norm(dim=1).tolist()
-        for length, norm in zip(pending[start : start + size], sizes, strict=False):
-            norms[length].append(norm)
-        if progress:
-            progress(min(start + size, len(pending)), len(pending))
+    for start, part in zip(range(0, batch.size, chunk), batch.parts(chunk), strict=True):
+        # Each part gets as much of the draws as it is of the batch.
+        first, last = (len(pending) * place // batch.size for place in (start, start + part.size))
+        routes = Routes()
+        with running(case, part, routes.attach) as run:
+            for place in range(first, last, part.size):
+                wanted = pending[place : min(place + part.size, last)]
+                paths = [chooser.draw(length, draw) for length in wanted]
+                for length, norm in zip(wanted, routes.norms(run, case, paths, part.size), strict=True):
+                    norms[length].append(norm * (part.size if mean else 1))
+                done()
     return norms
 
 
+def passes(batch: Batch, chunk: int, draws: int) -> int:
+    """Return how many backward passes this number of draws in all takes."""
+    total = 0
+    for start in range(0, batch.size, chunk):
+        size = min(chunk, batch.size - start)
+        first, last = (draws * place // batch.size for place in (start, start + size))
+        total += -(-(last - first) // size)
+    return total
+
+
+class Routes:
+    """One path per sample, set anew before every backward pass."""
+
+    def __init__(self) -> None:
+        self.on_path: dict[str, Tensor] = {}
+
+    def attach(self, handle: Gates) -> None:
+        """Let every addition send gradients along the paths."""
+        for gate in handle:
+            gate.join_by(_Route(self, gate.block.name))
+
+    def norms(self, run: Run, case: Case, paths: list[set[str]], size: int) -> list[float]:
+        """Return the gradient norms of some paths, at most one per sample."""
+        idle = [paths[-1]] * (size - len(paths))
+        for name in case.blocks.names:
+            chosen = [name in path for path in (*paths, *idle)]
+            self.on_path[name] = torch.tensor(chosen, device=run.loss.device)
+        return case.place.norms(run.full(), size)[: len(paths)].tolist()
+
+
+@dataclass
 class _Route:
     """``shortcut + branch`` whose gradient goes to the branch for samples on the path, else to the shortcut."""
 
-    def __init__(self, on_path: Tensor) -> None:
-        self.on_path = on_path
+    routes: Routes
+    name: str
 
     def __call__(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        return _Choose.apply(shortcut, branch, self.on_path)
+        return _Choose.apply(shortcut, branch, self.routes, self.name)
 
 
 class _Choose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, on_path: Tensor) -> Tensor:
-        ctx.save_for_backward(on_path)
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, routes: Routes, name: str) -> Tensor:
+        ctx.routes, ctx.name, ctx.shapes = routes, name, (shortcut.shape, branch.shape)
         return shortcut + branch
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (on_path,) = ctx.saved_tensors
-        mask = on_path.view(-1, *(1,) * (gradient.dim() - 1))
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        on_path = ctx.routes.on_path[ctx.name]
+        mask = on_path.view(-1, *(1,) * (gradient.dim() - 1)) if len(on_path) > 1 else on_path
         zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
-        return torch.where(mask, zero, gradient), torch.where(mask, gradient, zero), None
+        left, right = torch.where(mask, zero, gradient), torch.where(mask, gradient, zero)
+        return left.sum_to_size(ctx.shapes[0]), right.sum_to_size(ctx.shapes[1]), None, None
+
+
+def check_samples(case: Case, batch: Batch, paths: list[int]) -> None:
+    """Raise unless each sample of a batch can follow a path of its own.
+
+    The paths must be those of a chain, or a choice at every addition is none; a sample's output must be what it is for
+    the sample alone, and samples the first dimension of every addition.
+    """
+    instead = "Leave out the sampled quantity (samples=0): the exact one holds here too."
+    if paths != counts(case.chain):
+        raise InputError(
+            "Single paths cannot be drawn: these blocks do not follow one another (a branch reads more than one "
+            f"stream), so that a choice at every addition is not one path. {instead}"
+        )
+    if batch.size == 1:
+        return
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    outputs: list[list[Tensor]] = []
+    for part in (batch.part(0, 1), batch.part(0, 8)):
+        met: dict[str, tuple[int, ...]] = {}
+
+        def act(handle: Gates, met: dict[str, tuple[int, ...]] = met) -> None:
+            for gate in handle:
+                gate.join_by(_Met(met, gate.block.name))
+
+        with running(case, part, act) as run:
+            outputs.append(
+                [leaf.detach() for leaf in tree_leaves(run.output) if isinstance(leaf, Tensor) and leaf.dim()]
+            )
+        shapes.append(met)
+    size = min(8, batch.size)
+    for name, alone in shapes[0].items():
+        if (alone[:1], shapes[1][name][:1]) != ((1,), (size,)):
+            raise InputError(
+                f"Single paths cannot be drawn for several samples at once: what {name!r} adds has the shape {alone} "
+                f"for one sample and {shapes[1][name]} for {size}. Pass a batch of one sample. {instead}"
+            )
+    pairs = [(one[0], all_[0]) for one, all_ in zip(*outputs, strict=False) if (len(one), len(all_)) == (1, size)]
+    if not pairs or not all(_alike(one, other) for one, other in pairs):
+        raise InputError(
+            "Single paths cannot be drawn for several samples at once: the model couples samples (the output for the "
+            f"first one changes with the others). Pass a batch of one sample. {instead}"
+        )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
+    return one.shape == other.shape and bool((one - other).abs().max() <= 0.01 * one.abs().max().clamp_min(1e-30))
+
+
+@dataclass
+class _Met:
+    """``shortcut + branch``, whose shape is noted."""
+
+    shapes: dict[str, tuple[int, ...]]
+    name: str
+
+    def __call__(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        total = shortcut + branch
+        self.shapes[self.name] = tuple(total.shape)
+        return total

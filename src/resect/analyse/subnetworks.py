@@ -31,7 +31,7 @@ def subnetworks(blocks: Blocks, lengths: Sequence[int], draws: int, seed: int) -
     The same path may be drawn twice: for lengths 0 and n there is only one.
     """
     chooser = PathChooser(blocks)
-    longest = len(chooser.sums)
+    longest = len(chooser.counts) - 1
     for length in lengths:
         if not 0 <= length <= longest:
             raise InputError(f"There is no path of length {length}: the longest has {longest} branches.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -16,8 +17,12 @@ def paths(
     option: Options = None,
     data: Data = None,
     data_option: DataOptions = None,
-    samples: Annotated[int, typer.Option(min=0, help="single paths drawn per length; 0: the exact curve alone")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="test images")] = 64,
+    samples: Annotated[int, typer.Option(min=0, help="single paths drawn per length")] = 1000,
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="draw none: the exact curve alone")] = False,
+    max_length: Annotated[int | None, typer.Option(min=0, help="tell lengths apart up to this one")] = None,
+    carriers: Annotated[bool, typer.Option("--blocks", help="also: which blocks carry the gradient")] = False,
+    initial: Annotated[bool, typer.Option("--initial", help="also with the weights the run began with")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="test samples")] = 64,
     at: Annotated[str, typer.Option(help="where: first (what enters the first block), input, or a block")] = "first",
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     to: Out = None,
@@ -25,32 +30,109 @@ def paths(
 ) -> None:
     """Count a model's paths by length, and split its gradient by path length (Veit et al. 2016).
 
-    Example: [bold]resect paths runs/digits-plain --samples 50[/bold]
+    Example: [bold]resect paths runs/digits-plain --samples 50 --blocks[/bold]
     """
-    from rich.table import Table
     from torch import nn
 
     import resect
+    from resect.errors import InputError
     from resect.lab.display import progress_bar
+    from resect.lab.runs import initial_state
 
     opened, blocks, batches = with_blocks(model, option, data, data_option, batch, batch)
+    if initial and (opened.recipe is None or hasattr(opened.model, "resect_plan")):
+        raise InputError("--initial needs the folder of a run, of a net that is whole: its recipe draws the weights.")
+    states = {"initialisation": initial_state(opened.recipe)} if initial else {}
+    states |= {"as it is": opened.model.state_dict()}
+    # Mappings are text: the model computes the loss from its labels.
+    loss_fn = None if isinstance(batches[0], dict) else nn.functional.cross_entropy
     with progress_bar(err) as display:
-        found = resect.path_gradients(
+        found = resect.path_gradients_by_state(
             opened.model,
             blocks,
             batches[0],
-            nn.functional.cross_entropy,
+            states,
+            loss_fn,
             at=at,
-            samples=samples,
+            samples=0 if exact_only else samples,
+            max_length=max_length,
             seed=seed,
             progress=partial(display.steps, "paths"),
         )
+        through = None
+        if carriers:
+            steps = partial(display.steps, "blocks")
+            through = resect.block_gradients(opened.model, blocks, batches[0], loss_fn, at=at, progress=steps)
+    for when, one in found.items():
+        if initial:
+            out.print(f"\n{when}:")
+        _print_lengths(one)
+    if through is not None:
+        _print_blocks(through)
+    if to:
+        rows = [({"when": when} if initial else {}) | row for when, one in found.items() for row in one.rows()]
+        write_out(to, "paths", rows, format, [seed], model=opened.name, at=at)
+        if through is not None:
+            write_out(to, "block_gradients", through.rows(), format, [seed], model=opened.name, at=at)
+        _draw(to, found, through)
+
+
+def _print_lengths(found: Any) -> None:
+    """Print a table by path length, and the effective lengths in a sentence."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
-    for column in ("branches", "paths", "norm of sum (exact)", "sum of norms (sampled)", "95 % interval"):
+    sampled = len(found.sum_of_norms) > 0
+    columns = ["branches", "paths", "norm of sum (exact)"]
+    for column in [*columns, *(["sum of norms (sampled)", "95 % interval", "coherence"] if sampled else [])]:
         table.add_column(column, justify="right")
     for row in found.rows():
-        sampled = (f"{row['sum_of_norms']:.4g}", f"{row['low']:.4g} … {row['high']:.4g}") if samples else ("", "")
-        table.add_row(f"{row['length']:g}", f"{row['paths']:.4g}", f"{row['norm_of_sum']:.4g}", *sampled)
+        cells = [
+            f"{'≥ ' * row.get('longer', False)}{row['length']}",
+            f"{row['paths']:.4g}",
+            f"{row['norm_of_sum']:.4g}",
+        ]
+        if "sum_of_norms" in row:
+            cells += [f"{row['sum_of_norms']:.4g}", f"{row['low']:.4g} … {row['high']:.4g}", f"{row['coherence']:.3g}"]
+        table.add_row(*cells)
     out.print(table)
-    if to:
-        write_out(to, "paths", found.rows(), format, [seed], model=opened.name)
+    if found.max_length is None:
+        wanted = [("norm_of_sum", "Norm of the sum"), ("sum_of_norms", "Sum of the norms")]
+        for quantity, name in wanted[: 1 + sampled]:
+            out.print(f"{name}: {_said(found.effective(quantity))}", highlight=False, soft_wrap=True)
+
+
+def _said(effective: Any) -> str:
+    text = str(effective)
+    return text[0].lower() + text[1:]
+
+
+def _print_blocks(through: Any) -> None:
+    """Print what comes through each block's branch and past it."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title="The gradient through each branch, and past it", title_justify="left")
+    table.add_column("block")
+    for column in ("through", "past", "share"):
+        table.add_column(column, justify="right")
+    for row in through.rows():
+        table.add_row(row["name"], *(f"{row[column]:.4g}" for column in ("through", "past", "share")))
+    out.print(table)
+
+
+def _draw(folder: Path, found: dict[str, Any], through: Any) -> None:
+    """Write the figures as PNG and SVG."""
+    from resect.report.figures import FIGURES, save
+
+    last = list(found.values())[-1]
+    total = sum(last.paths)
+    rows = {"gradients": last.rows()}
+    if last.max_length is None:
+        rows["path_lengths"] = [{"length": k, "share": count / total} for k, count in enumerate(last.paths)]
+    if len(found) > 1:
+        rows["gradients_by_moment"] = [{"when": when} | row for when, one in found.items() for row in one.rows()]
+    if through is not None:
+        rows["block_gradients"] = through.rows()
+    for name, shown in rows.items():
+        save(FIGURES[name](shown), folder, name)
+    out.print(f"Figures: {', '.join(rows)} (.png, .svg) in {folder}", highlight=False, soft_wrap=True)

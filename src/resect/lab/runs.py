@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, write_bytes
@@ -132,6 +132,14 @@ def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[st
     write_bytes(folder / "recipe.json", _json(recipe.dump()))
     write_bytes(folder / "history.csv", table.getvalue().encode())
     write_bytes(folder / "metrics.json", _json(metrics))
+
+
+def initial_state(recipe: Recipe) -> dict[str, Tensor]:
+    """The weights that a training by this recipe begins with, drawn again from its seed."""
+    data = open_data(recipe.data.name, **recipe.data.options)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.train.seed)
+        return build_model(recipe, data).state_dict()
 
 
 def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, Data]:

@@ -8,7 +8,6 @@ from resect.analyse.gradients import PathGradients
 from resect.lab import reuse
 from resect.lab.findings import Findings
 from resect.report.html import Section
-from resect.report.paths import middle
 
 NAMES = {
     "plain": "plain",
@@ -22,15 +21,13 @@ NAMES = {
 
 def gradient_numbers(gradients: PathGradients) -> dict[str, Any]:
     """Return the path lengths that carry most of the sampled gradient, and the share of paths they are."""
-    weights = [(k, float(weight)) for k, weight in enumerate(gradients.sum_of_norms)]
-    low, high, held = middle(weights)
-    share = sum(gradients.paths[low : high + 1]) / sum(gradients.paths)
+    effective = gradients.effective()
     exact = gradients.norm_of_sum
     return {
-        "effective_lengths": [low, high],
-        "share_of_sampled_gradient": held,
-        "share_of_paths": share,
-        "longest_path": len(weights) - 1,
+        "effective_lengths": [effective.low, effective.high],
+        "share_of_sampled_gradient": effective.held,
+        "share_of_paths": float(effective.paths),
+        "longest_path": len(gradients.paths) - 1,
         "exact_share_up_to_length_5": float(exact[:6].sum() / exact.sum()),
     }
 

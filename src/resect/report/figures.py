@@ -17,6 +17,7 @@ from resect.report.chain import chain
 from resect.report.curves import response, training
 from resect.report.lesions import lesion_each, lesion_random
 from resect.report.measurements import FORMATS, read_measurements
+from resect.report.moments import block_gradients, gradients_by_moment
 from resect.report.paths import gradients, path_lengths
 from resect.report.removal import removal
 from resect.report.rows import write_file
@@ -31,6 +32,8 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,
+    "gradients_by_moment": gradients_by_moment,
+    "block_gradients": block_gradients,
     "response": response,
     "table_latency": table_latency,
     "unit_maps": unit_maps,

@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from resect.analyse.effective import narrowest
 from resect.report import theme
 from resect.report.curves import SIDE
 from resect.report.schema import clean_rows
@@ -14,29 +15,10 @@ from resect.report.theme import BLUE, FAINT, GREEN, RULE, WIDTH
 DECADES = 8  # a log scale shows this many powers of ten below its largest value
 
 
-def middle(weights: list[tuple[int, float]], part: float = 0.95) -> tuple[int, int, float]:
-    """The narrowest run of lengths that holds at least ``part`` of the total, and what it holds.
-
-    ``weights`` are (length, weight >= 0), ordered by length.
-    """
-    total = sum(weight for _, weight in weights) or 1.0
-    best = (weights[0][0], weights[-1][0], 1.0)
-    # Of equally narrow runs the one that holds more.
-    for start in range(len(weights)):
-        held = 0.0
-        for length, weight in weights[start:]:
-            held += weight / total
-            if held >= part - 1e-12:
-                run = (weights[start][0], length, held)
-                best = min(best, run, key=lambda run: (run[1] - run[0], -run[2]))
-                break
-    return best
-
-
 def path_lengths(rows: list[dict[str, Any]]) -> Any:
     """Share of the paths by the number of branches on them."""
     rows = sorted(clean_rows("path_lengths", rows), key=lambda row: row["length"])
-    low, high, held = middle([(row["length"], row["share"] or 0.0) for row in rows])
+    low, high, held = narrowest([(row["length"], row["share"] or 0.0) for row in rows])
     name = f"lengths {low} to {high}"
     shown = [
         row
@@ -120,8 +102,10 @@ def gradients(rows: list[dict[str, Any]]) -> Any:
     Each is shown on a linear scale, where one sees what matters, and on a log scale, where one sees the rest.
     """
     rows = sorted(clean_rows("gradients", rows), key=lambda row: row["length"])
+    shown = [row for row in rows if not row["longer"]]
+    longer, rows = len(rows) - len(shown), shown or rows
     sampled = [(row["length"], max(0.0, row["sum_of_norms"] or 0.0)) for row in rows]
-    zone = middle(sampled) if sum(weight for _, weight in sampled) else None
+    zone = narrowest(sampled) if sum(weight for _, weight in sampled) and not longer else None
     wanted = [
         ("norm_of_sum", "Norm of the summed gradient (exact)", "norm of the sum", BLUE),
         ("sum_of_norms", "Sum of the single norms (sampled)", "sum of the norms", GREEN),
@@ -143,4 +127,6 @@ def gradients(rows: list[dict[str, Any]]) -> Any:
             subtitle.insert(0, f"The exact norm of the sum is largest for paths of length {peak}.")
         title = f"Paths of {low} to {high} branches hold {theme.percent(held)} of the summed gradient norms"
         subtitle[-1] += " Grey: those lengths; band: 95 % interval."
+    if longer:
+        subtitle.append(f"Lengths up to {rows[-1]['length']}; longer paths are not shown.")
     return theme.finish(alt.concat(*panels, columns=len(wanted), spacing=20), title, subtitle)

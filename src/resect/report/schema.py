@@ -56,6 +56,21 @@ COLUMNS: dict[str, dict[str, str]] = {
         "sum_of_norms": "number?",  # sampled, with its 95 % interval
         "low": "number?",
         "high": "number?",
+        "longer": "flag?",  # this row is of all paths of this length or longer
+    },
+    "gradients_by_moment": {
+        "when": "text",  # in the order to show
+        "length": "int",
+        "norm_of_sum": "number?",
+        "sum_of_norms": "number?",
+        "longer": "flag?",
+    },
+    "block_gradients": {
+        "index": "int",
+        "name": "text",
+        "through": "number",  # norm of the gradient of all paths through the branch
+        "past": "number",  # of all others
+        "full": "number",  # of all paths
     },
     "response": {
         "index": "int",
@@ -90,6 +105,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 NEEDS_ONE = {
     "lesion_each": ["error"],
     "gradients": ["norm_of_sum", "sum_of_norms"],
+    "gradients_by_moment": ["norm_of_sum", "sum_of_norms"],
     "response": ["response"],
 }
 
@@ -112,6 +128,10 @@ ABOUT: dict[str, str] = {
     "gradients": "What the paths of each length contribute to learning. Blue: the gradients of all paths of "
     "one length added up, computed exactly. Green: the sizes of the single gradients added up, estimated from "
     "samples.",
+    "gradients_by_moment": "The same net at several moments of its training: which part of the gradient comes along "
+    "paths of each length. A curve further left belongs to a net whose learning is driven by shorter paths.",
+    "block_gradients": "Take the gradient that arrives at the beginning of the network apart, block by block: the part "
+    "that came through the block's branch, and the part that came past it along the shortcut.",
     "response": "The largest value that each branch still adds after training. A branch at or below the "
     "threshold ε is muted: it adds nothing, so it can be cut out without changing the network.",
     "table_latency": "Measured time for one pass. The nets took turns, so that a busy moment of the machine "
