@@ -32,6 +32,8 @@ _STORY = {
     "analyse.effective": ["EffectiveLengths", "effective_lengths"],
     "analyse.gradients": ["PathGradients", "path_gradients", "path_gradients_by_state"],
     "analyse.through": ["BlockGradients", "block_gradients"],
+    "analyse.profile": ["BlockResponse"],
+    "analyse.response": ["block_response"],
     "blocks.plan": ["Plan"],
     "shrink.rank": ["Ranking", "rank"],
     "shrink.remove": ["remove"],

@@ -36,6 +36,8 @@ from resect.analyse.gradients import (
     path_gradients_by_state as path_gradients_by_state,
 )
 from resect.analyse.through import BlockGradients as BlockGradients, block_gradients as block_gradients
+from resect.analyse.profile import BlockResponse as BlockResponse
+from resect.analyse.response import block_response as block_response
 from resect.blocks.plan import Plan as Plan
 from resect.shrink.rank import Ranking as Ranking, rank as rank
 from resect.shrink.remove import remove as remove

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from resect.analyse.likeness import similarity, summary
 from resect.lab import spiral
 from resect.lab.reuse import figure_rows, measure, sections, spiral_rows, table_rows
-from resect.lab.units import REACH, grid, similarity, summary, unit_maps
+from resect.lab.units import REACH, grid, unit_maps
 
 SMALL = spiral.Setting(blocks=6, width=3, steps=12, points=40)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from resect.analyse.likeness import similarity, summary
 from resect.lab.spiral import UNTRAINED, Setting, fresh_error, train_all
-from resect.lab.units import grid, similarity, summary, unit_maps
+from resect.lab.units import grid, unit_maps
 from resect.report.html import Section
 
 Row = dict[str, Any]
