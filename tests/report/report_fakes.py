@@ -113,6 +113,53 @@ def lesion_random() -> list[Row]:
     ]
 
 
+def lesion_parts() -> list[Row]:
+    draw, rows = random.Random(6), []
+    for i in range(24):
+        part = ("attention", "mlp")[i % 2]
+        rows.append(
+            {"index": i, "name": f"blocks.{i // 2}/{part}", "part": part, "stage": 1 + i // 12,
+             "shortcut": "reshape" if i == 12 else "identity", "metric": "top1", "value": 14 + draw.gauss(2, 3),
+             "baseline": 14.0}
+        )  # fmt: skip
+    return rows
+
+
+def _studies(*kinds: str, metric: str = "perplexity") -> list[Row]:
+    draw = random.Random(7)
+    return [
+        {"study": kind, "k": k, "draw": i, "metric": metric, "value": 20 + k**2 * draw.uniform(0.5, 1.5),
+         "baseline": 20.0}
+        for kind in kinds
+        for k in (1, 2, 4, 8)
+        for i in range(1 if kind == "greedy" else 5)
+    ]  # fmt: skip
+
+
+def lesion_many() -> list[Row]:
+    return _studies("greedy", "random", "runs")
+
+
+def lesion_order() -> list[Row]:
+    draw = random.Random(8)
+    rows = _studies("swaps", metric="top1")
+    return [row | {"tau": 1 - 0.02 * row["k"] * draw.uniform(0.5, 1), "order": "a=b b=a"} for row in rows]
+
+
+def lesion_pairs() -> list[Row]:
+    draw = random.Random(9)
+    return [
+        {"one": i, "other": j, "one_name": f"b.{i}", "other_name": HOSTILE, "metric": "top1",
+         "both": 2 + draw.gauss(0, 1), "apart": 2.0, "interaction": draw.gauss(0, 1)}
+        for i in range(12)
+        for j in range(i + 1, 12)
+    ]  # fmt: skip
+
+
+def lesion_paths() -> list[Row]:
+    return [row | {"members": m, "value": row["value"] / m} for m in (1, 2, 8) for row in _studies("paths")]
+
+
 def removal() -> list[Row]:
     draw = random.Random(5)
     return [
@@ -228,6 +275,11 @@ ALL = {
     "training": training,
     "lesion_each": lesion_each,
     "lesion_random": lesion_random,
+    "lesion_parts": lesion_parts,
+    "lesion_many": lesion_many,
+    "lesion_order": lesion_order,
+    "lesion_pairs": lesion_pairs,
+    "lesion_paths": lesion_paths,
     "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,

@@ -9,7 +9,7 @@ from report_fakes import ALL, gradients, response
 
 from resect.errors import InputError
 from resect.report.figures import FIGURES, VEGA_LITE
-from resect.report.lesions import interval
+from resect.report.measure_axis import spread
 from resect.report.schema import ABOUT, COLUMNS, NEEDS_ONE, check_rows
 
 
@@ -99,9 +99,9 @@ def test_gradients_keeps_the_two_quantities_apart() -> None:
     ]
 
 
-def test_interval_is_students() -> None:
-    mean, low, high = interval([1.0, 2.0, 3.0, 4.0])
+def test_the_spread_of_draws_is_students() -> None:
+    mean, low, high = spread([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert high - mean == pytest.approx(3.182 * 1.2909944 / 2, abs=1e-4)
     assert mean - low == pytest.approx(high - mean)
-    assert interval([0.3]) == (0.3, 0.3, 0.3)
+    assert spread([0.3]) == (0.3, 0.3, 0.3)

@@ -126,7 +126,7 @@ def _each(study: LesionStudy) -> str:
 
 def _others(study: LesionStudy) -> Iterable[str]:
     for row in study.by_count():
-        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(row)}"
+        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(study, row)}"
     for row in study.by_count("runs"):
         worst = max((x for x in study.of("runs") if x.k == row["k"]), key=lambda lesion: lesion.value)
         yield f"  {row['k']:g} in a row: {row['mean']:.4g} on average, worst {worst.value:.4g} from {worst.label}"
@@ -142,11 +142,11 @@ def _others(study: LesionStudy) -> Iterable[str]:
         yield from _pairs(pairs)
     for row in study.by_count("swaps"):
         tau = statistics.fmean(x.tau or 0 for x in study.of("swaps") if x.k == row["k"])
-        yield f"  {row['k']:g} swaps of layers (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(row)}"
+        yield f"  {row['k']:g} swaps of layers (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(study, row)}"
     for name, what in (("paths", "branches open"), ("ensembles", "branches open")):
         for row in study.by_count(name):
             team = f", {row['members']:g} sub-networks averaged" if name == "ensembles" else ", one sub-network"
-            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(row)}"
+            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(study, row)}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
@@ -157,7 +157,10 @@ def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
     yield f"  beside {apart:.4g} for the sum; most for {most['one']} and {most['other']}: {most['interaction']:+.4g}"
 
 
-def _span(row: dict[str, float]) -> str:
+def _span(study: LesionStudy, row: dict[str, float]) -> str:
     if row["draws"] < 2:
         return "(1 draw)"
-    return f"(95 % of the mean: {row['low']:.4g} … {row['high']:.4g}, {row['draws']:g} draws)"
+    low, high = row["low"], row["high"]
+    if study.metric in ("top1", "top5"):  # of two or three draws, the interval may reach beyond what an error can be
+        low, high = max(low, 0.0), min(high, 100.0)
+    return f"(95 % of the mean: {low:.4g} … {high:.4g}, {row['draws']:g} draws)"

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, out, with_blocks, write_out
+from resect.errors import InputError
+
+_RANDOM = typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")
+_RUNS = typer.Option("--runs", help="lengths of runs of neighbouring blocks to close: 2,4")
+_BY = typer.Option("--by", help="groups to close as a whole: stage,part,layer,kind")
+_GREEDY = typer.Option("--greedy", help="close one block after the other, always the one missed least")
+_DEPTH = typer.Option("--depth", min=1, help="stop --greedy after so many")
+_PAIRS = typer.Option("--pairs", help="close every pair: do blocks depend on each other?")
+_SWAPS = typer.Option("--swaps", help="numbers of random swaps of layers built alike: 1,2,4,8")
+_PATHS = typer.Option("--paths", help="random sub-networks of so many open branches, and ensembles of them: 4,8,16")
+_DRAWS = typer.Option("--draws", min=1, help="random draws of each kind")
+_METRIC = typer.Option(help="top1, top5 (errors in %), cross_entropy or perplexity; default: top1, for text perplexity")
+_STORE = typer.Option("--store", help="keep what is finished here; given again, an interrupted study goes on")
+_LAYERS = typer.Option("--layers", help="a net without shortcuts: delete each layer that keeps its input's shape")
 
 
 @app.command()
@@ -16,34 +31,86 @@ def lesion(
     option: Options = None,
     data: Data = None,
     data_option: DataOptions = None,
-    counts: Annotated[str, typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")] = "",
-    draws: Annotated[int, typer.Option(min=1, help="draws for each of them")] = 10,
-    metric: Annotated[str, typer.Option(help="top1, top5 (errors in %) or cross_entropy")] = "top1",
-    limit: Annotated[int | None, typer.Option(min=1, help="use this many test images")] = None,
+    each: Annotated[bool, typer.Option("--each/--no-each", help="close each block alone")] = True,
+    counts: Annotated[str, _RANDOM] = "",
+    runs: Annotated[str, _RUNS] = "",
+    by: Annotated[str, _BY] = "",
+    greedy: Annotated[bool, _GREEDY] = False,
+    depth: Annotated[int | None, _DEPTH] = None,
+    pairs: Annotated[bool, _PAIRS] = False,
+    swaps: Annotated[str, _SWAPS] = "",
+    paths: Annotated[str, _PATHS] = "",
+    layers: Annotated[bool, _LAYERS] = False,
+    draws: Annotated[int, _DRAWS] = 10,
+    metric: Annotated[str | None, _METRIC] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use this many test samples")] = None,
     seed: Annotated[int, typer.Option(help="of the random draws")] = 0,
+    store: Annotated[Path | None, _STORE] = None,
     to: Out = None,
     format: Format = "csv",
 ) -> None:
-    """Close each block of a trained model and measure (Veit et al. 2016).
+    """Close blocks of a trained model, or swap its layers, and measure (Veit et al. 2016). Nothing is retrained.
 
     Example: [bold]resect lesion runs/digits-plain --random 1,2,4,8[/bold]
+
+    The paper's figures: [bold]resect lesion runs/digits-plain --random 1,2,5,10 --swaps 1,2,4,8 --out figures[/bold]
+
+    A language model: [bold]resect lesion hf:gpt2 --data text:book.txt --by part --greedy --depth 4[/bold]
+
+    Without shortcuts: [bold]resect lesion torchvision:vgg11_bn --data cifar10 --layers[/bold]
     """
+    from resect.lab.open import TEXT, whole_numbers
+    from resect.report.figures import draw_measurements
+    from resect.report.measurements import Measurements
+
+    if depth is not None and not greedy:
+        raise InputError("--depth is about --greedy, which is not given.")
+    wanted: dict[str, Any] = {
+        "each": each,
+        "random_counts": whole_numbers(counts),
+        "runs": whole_numbers(runs),
+        "groups": [name.strip() for name in by.split(",") if name.strip()],
+        "greedy": depth or greedy,
+        "pairs": pairs,
+        "swaps": whole_numbers(swaps),
+        "paths": whole_numbers(paths),
+    }
+    text = data is not None and data.startswith(TEXT)
+    metric = metric or ("perplexity" if text else "top1")
+    if layers:
+        name, rows = _without_shortcuts(model, option, data, data_option, limit, metric)
+    else:
+        # A batch of a language model's outputs is large: every token has a number for every word.
+        opened, blocks, batches = with_blocks(model, option, data, data_option, limit, 8 if text else 128)
+        study = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
+        name, rows = opened.name, study.rows()
+        out.print(str(study), highlight=False, soft_wrap=True)
+    if to:
+        write_out(to, "lesion", rows, format, [seed], model=name)
+        for picture in draw_measurements(Measurements("lesion", rows, {"model": name}), to, "lesion"):
+            out.print(f"Figure: {picture}", highlight=False, soft_wrap=True)
+
+
+def _study(*arguments: Any, **wanted: Any) -> Any:
     import resect
     from resect.lab.display import progress_bar
-    from resect.lab.open import whole_numbers
 
-    opened, blocks, batches = with_blocks(model, option, data, data_option, limit)
     with progress_bar(err) as display:
-        study = resect.lesion_study(
-            opened.model,
-            blocks,
-            batches,
-            metric=metric,
-            random_counts=whole_numbers(counts),
-            draws=draws,
-            seed=seed,
-            progress=partial(display.steps, "lesions"),
-        )
-    out.print(str(study), highlight=False)
-    if to:
-        write_out(to, "lesion", study.rows(), format, [seed], model=opened.name)
+        return resect.lesion_study(*arguments, **wanted, progress=partial(display.steps, "lesions"))
+
+
+def _without_shortcuts(
+    model: str, option: Any, data: str | None, data_option: Any, limit: int | None, metric: str
+) -> tuple[str, list[dict[str, Any]]]:
+    from resect.lab.contrast import delete_each_layer
+    from resect.lab.display import progress_bar
+    from resect.lab.open import open_model
+
+    opened = open_model(model, option or (), data, data_option or ())
+    with progress_bar(err) as display:
+        batches = opened.batches("test", limit, 128)
+        rows = delete_each_layer(opened.model, batches, metric, partial(display.steps, "layers"))
+    out.print(f"{metric} of the whole model: {rows[0]['baseline']:.4g}; with one layer deleted:", highlight=False)
+    for row in rows:
+        out.print(f"  {row['label']:<32} {row['change']:+.4g}", highlight=False)
+    return opened.name, rows

@@ -79,7 +79,9 @@ def with_blocks(
 def need_blocks(name: str, blocks: Any) -> None:
     """Raise ``InputError``, with the reasons, if there is no block to work with."""
     if not blocks:
-        raise InputError(f"No residual block of {name} can be closed." + "".join(f"\n  {r}" for r in blocks.refused))
+        reasons = "".join(f"\n  {refusal}" for refusal in blocks.refused)
+        without = "" if reasons else " Of a net without shortcuts, resect lesion --layers deletes the layers."
+        raise InputError(f"No residual block of {name} can be closed.{without}{reasons}")
 
 
 def write_out(folder: Path, name: str, rows: Any, format: str, seeds: Any = (), **about: Any) -> None:

@@ -10,9 +10,7 @@ import resect
 from resect.lab import runs, story
 from resect.lab.contrast import delete_each_layer
 from resect.lab.data import in_batches
-from resect.lab.evaluate import evaluate
 from resect.lab.findings import Display, Findings, Nets
-from resect.lab.models import CifarResNet
 
 
 def study_plain(nets: Nets, found: Findings, display: Display) -> None:
@@ -55,12 +53,11 @@ def study_contrasts(nets: Nets, found: Findings) -> None:
     rows = found.figures["lesion_each"]
     for name, label in (("contrast-shortcuts", "9 blocks"), ("contrast-none", "9 layers, no shortcuts")):
         model, _, _ = runs.open_run(nets.folders[name])
-        baseline = evaluate(model, nets.images, nets.labels)
-        assert isinstance(model, CifarResNet)
-        deleted = delete_each_layer(model, nets.images, nets.labels)
+        deleted = delete_each_layer(model, in_batches(nets.images, nets.labels, 256))
         rows += [
-            {"net": label, "index": row["index"], "name": row["name"], "stage": row["stage"],
-             "error": row["error"] / 100, "baseline": baseline / 100, "shortcut": "identity", "chance": 0.9}
+            {"net": label, "index": row["index"], "name": row["label"], "stage": row["stage"],
+             "error": row["value"] / 100, "baseline": row["baseline"] / 100, "shortcut": "identity", "chance": 0.9}
             for row in deleted
         ]  # fmt: skip
-        found.numbers[name] = {"baseline_error": baseline, "errors": {row["name"]: row["error"] for row in deleted}}
+        errors = {row["label"]: row["value"] for row in deleted}
+        found.numbers[name] = {"baseline_error": deleted[0]["baseline"], "errors": errors}

@@ -15,12 +15,14 @@ from resect.errors import FileError, InputError, ResectError, unknown
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
+from resect.report.lesion_rows import lesion_figures
 from resect.report.lesions import lesion_each, lesion_random
-from resect.report.measurements import FORMATS, read_measurements
+from resect.report.measurements import FORMATS, Measurements, read_measurements
 from resect.report.moments import block_gradients, gradients_by_moment
 from resect.report.paths import gradients, path_lengths
 from resect.report.removal import removal
 from resect.report.rows import write_file
+from resect.report.studies import lesion_many, lesion_order, lesion_pairs, lesion_parts, lesion_paths
 from resect.report.units import unit_maps, unit_similarity
 
 FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
@@ -29,6 +31,11 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "training": training,
     "lesion_each": lesion_each,
     "lesion_random": lesion_random,
+    "lesion_parts": lesion_parts,
+    "lesion_many": lesion_many,
+    "lesion_order": lesion_order,
+    "lesion_pairs": lesion_pairs,
+    "lesion_paths": lesion_paths,
     "removal": removal,
     "path_lengths": path_lengths,
     "gradients": gradients,
@@ -85,6 +92,17 @@ def save_as(chart: Any, path: str | os.PathLike[str]) -> Path:
     return write_file(target, svg if target.suffix == ".svg" else vl_convert.svg_to_png(svg, scale=2))
 
 
+def draw_measurements(found: Measurements, folder: Path, stem: str) -> list[Path]:
+    """Draw what measurements show: a figure, called ``stem``, or all the figures of a lesion study."""
+    figures = {stem: (found.name, found.rows)}
+    if found.name == "lesion":
+        parts = lesion_figures(found.rows, str(found.provenance.get("model", "this model")))
+        figures = {name: (name, rows) for name, rows in parts.items()}
+    for name, (figure, rows) in figures.items():
+        save(FIGURES[figure](rows), folder, name)
+    return [folder / f"{name}.png" for name in figures]
+
+
 def redraw_measurements(path: str | os.PathLike[str]) -> list[Path]:
     """Draw again what a file of measurements holds, or every one of a folder; return the pictures, beside them.
 
@@ -98,18 +116,17 @@ def redraw_measurements(path: str | os.PathLike[str]) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.suffix[1:] in FORMATS) if path.is_dir() else [path]
     drawn = []
     for file in files:
-        if path.is_dir() and file.name.partition(".")[0] not in FIGURES:
+        if path.is_dir() and file.name.partition(".")[0] not in (*FIGURES, "lesion"):
             continue
         if file.name.endswith(".provenance.json"):
             continue
         found = read_measurements(file)
-        if found.name not in FIGURES:
+        if found.name not in (*FIGURES, "lesion"):
             raise FileError(f"{file}: {unknown('figure', found.name, FIGURES)}")
         try:
-            save(FIGURES[found.name](found.rows), file.parent, file.stem)
+            drawn += draw_measurements(found, file.parent, file.stem)
         except ResectError as error:
             raise FileError(f"{file}: {error}") from None
-        drawn.append(file.with_suffix(".png"))
     if not drawn:
         raise FileError(f"{path} is no report folder, and holds no measurements of a figure.")
     return drawn

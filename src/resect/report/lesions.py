@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import Any
 
 import altair as alt
 
 from resect.report import theme
+from resect.report.measure_axis import spread
 from resect.report.schema import clean_rows
 from resect.report.theme import BLUE, FAINT, RULE, SOFT, VERMILION, WIDTH
-
-# Student's t, 97.5 %: beyond 30 degrees of freedom the tabled value is close enough, on the safe side.
-_T = [
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-]
-_T += [
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-]
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of the draws and the 95 % confidence interval of that mean (Student's t)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, mean, mean
-    half = _T[min(len(values) - 1, len(_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 def _stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,7 +113,7 @@ def lesion_random(rows: list[dict[str, Any]]) -> Any:
     draws = [row for row in rows if row["error"] is not None]
     summary = []
     for k in sorted({row["k"] for row in draws}):
-        mean, low, high = interval([row["error"] for row in draws if row["k"] == k])
+        mean, low, high = spread([row["error"] for row in draws if row["k"] == k])
         summary.append({"k": k, "error": mean, "low": max(0.0, low), "high": min(1.0, high)})
     top = min(1.0, max(row["error"] for row in draws) * 1.08 + 0.01)
     most = max(row["k"] for row in draws)

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 
 from resect.report import theme
-from resect.report.lesions import interval
+from resect.report.measure_axis import spread
 from resect.report.schema import clean_rows
 from resect.report.theme import WIDTH
 
@@ -23,7 +23,7 @@ def removal(rows: list[dict[str, Any]]) -> Any:
     for net in nets:
         for removed in sorted({row["removed"] for row in rows if row["net"] == net}):
             errors = [row["error"] for row in rows if (row["net"], row["removed"]) == (net, removed)]
-            mean, low, high = interval(errors)
+            mean, low, high = spread(errors)
             summary.append(
                 {"net": net, "removed": removed, "error": mean, "low": max(0.0, low), "high": min(1.0, high),
                  "draws": len(errors)}

@@ -48,6 +48,48 @@ COLUMNS: dict[str, dict[str, str]] = {
         "chance": "fraction?",  # error of guessing: 0.9 for ten classes; no line without it
     },
     "lesion_random": {"k": "int", "draw": "int", "error": "fraction"},
+    "lesion_parts": {
+        "index": "int",
+        "name": "text",
+        "part": "text",
+        "stage": "int?",
+        "shortcut": "text?",
+        "metric": "text",  # top1 and top5 are in %; the same in every row
+        "value": "number",  # of the metric, with this block closed
+        "baseline": "number",  # of the whole model
+    },
+    "lesion_many": {
+        "study": "text",  # greedy, random or runs
+        "k": "int",
+        "metric": "text",
+        "value": "number",
+        "baseline": "number",
+    },
+    "lesion_order": {
+        "k": "int",  # pairs of layers swapped
+        "tau": "number",
+        "order": "text?",
+        "metric": "text",
+        "value": "number",
+        "baseline": "number",
+    },
+    "lesion_pairs": {
+        "one": "int",
+        "other": "int",
+        "one_name": "text",
+        "other_name": "text",
+        "metric": "text",
+        "both": "number",  # change of the metric with both closed
+        "apart": "number",  # sum of the changes with each closed
+        "interaction": "number",  # both − apart
+    },
+    "lesion_paths": {
+        "k": "int",  # open branches
+        "members": "int",  # sub-networks averaged
+        "metric": "text",
+        "value": "number",
+        "baseline": "number",
+    },
     "removal": {"net": "text", "removed": "int", "draw": "int", "error": "fraction"},
     "path_lengths": {"length": "int", "share": "fraction"},
     "gradients": {
@@ -121,6 +163,16 @@ ABOUT: dict[str, str] = {
     "With shortcuts the data have a way around the gap; without them the network is cut in two.",
     "lesion_random": "Each dot is the trained network after deleting that many blocks picked at random. The "
     "error rises little by little, as in a group that loses members one at a time.",
+    "lesion_parts": "What the model loses when one branch is closed, block after block. A branch near zero is one it "
+    "can do without; the bars are means over the blocks of one stage and kind.",
+    "lesion_many": "The trained model with more and more blocks closed. The best order closes, each time, the block "
+    "that is missed least with those closed before; at random shows what luck alone gives.",
+    "lesion_order": "Layers of the trained model change places. The further their order is from the original one, the "
+    "worse the model: but it degrades little by little, as if most layers did not mind where they stand.",
+    "lesion_pairs": "Each square is a pair of blocks closed together. White: it costs what closing each costs, added "
+    "up, so the two do not depend on each other. Orange: together it is worse than that. Blue: it is less bad.",
+    "lesion_paths": "A few branches of the trained model are left open, all others are closed. Several such parts "
+    "together, their probabilities averaged, do better than one alone, as members of a committee would.",
     "removal": "The same net trained in several ways, then tested with more and more of its blocks taken out and "
     "nothing retrained. A curve that stays low longer belongs to a net that can do with fewer blocks.",
     "path_lengths": "At every block the data can go through the branch or past it, so a network contains one "

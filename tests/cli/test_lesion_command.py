@@ -1,0 +1,60 @@
+"""``resect lesion``: every study by its option, and what is wrong said in one line."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+ALL = ["--random", "1,2", "--runs", "2", "--by", "stage,kind", "--greedy", "--depth", "2", "--pairs", "--swaps", "1,2",
+       "--paths", "1,3", "--draws", "2"]  # fmt: skip
+NET = ["cifar-preresnet-14", "-o", "widths=[4,4,8]", "--data", "digits", "--limit", "32"]
+
+
+def test_every_study_its_rows_and_its_figures_which_can_be_drawn_again(resect, tmp_path):
+    code, out, err = resect("lesion", *NET, *ALL, "--store", "s.jsonl", "--out", "fig")
+    assert code == 0, err
+    for said in ("2 in a row", "stage 1, 2 closed together", "2 closed, the last", "15 pairs", "2 swaps", "averaged"):
+        assert said in out, said
+    with (tmp_path / "fig" / "lesion.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    count = {name: sum(row["study"] == name for row in rows) for name in {row["study"] for row in rows}}
+    assert count == {
+        "each": 6, "random": 4, "runs": 5, "by stage": 3, "by kind": 2, "greedy": 2, "pairs": 15, "swaps": 4,
+        "paths": 4, "ensembles": 2,
+    }  # fmt: skip
+    names = {"each", "many", "order", "pairs", "parts", "paths", "random"}
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "fig").glob("*.png")}
+    assert set(pictures) == {f"lesion_{name}.png" for name in names}
+    for path in (tmp_path / "fig").glob("lesion_*"):
+        path.unlink()
+    code, _, err = resect("report", "fig")
+    assert code == 0, err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fig").glob("*.png")} == pictures
+    code, again, _ = resect("lesion", *NET, *ALL, "--store", "s.jsonl")
+    assert again == out.partition("Measurements:")[0]
+
+
+def test_a_net_without_shortcuts_loses_its_layers_one_at_a_time(resect):
+    code, _, err = resect("lesion", "torchvision:vgg11_bn", "-o", "num_classes=10", "--data", "digits", "--limit", "4")
+    assert code == 1
+    assert "--layers" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "7"], "There is no run of 7 neighbouring blocks: there are 6"),
+        (["--by", "stages"], "Did you mean 'stage'"),
+        (["--depth", "3"], "--depth is about --greedy"),
+        (["--greedy", "--depth", "9"], "from 0 to 6, but is 9"),
+        (["--paths", "9"], "the longest has 6 branches"),
+        (["--metric", "perplexitty"], "Did you mean 'perplexity'"),
+        (["--swaps", "one"], "must be whole numbers"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(resect, tmp_path, arguments, message):
+    code, _, err = resect("lesion", *NET, *arguments, "--out", "fig")
+    assert code == 1, err
+    assert message in err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
