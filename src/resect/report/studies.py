@@ -68,7 +68,7 @@ def lesion_parts(rows: list[dict[str, Any]]) -> Any:
         x=x, y=y, color=colour, tooltip=tips, shape=alt.Shape("shape:N", scale=shapes, legend=legend)
     )
     stems = base.mark_rule(strokeWidth=1.6, opacity=0.5).encode(x=x, y=y, y2=alt.datum(0), color=colour)
-    panels = [alt.layer(stems, points, width=WIDTH, height=210)]
+    panels = [alt.layer(stems, points, width=WIDTH - 60, height=210)]
     bars: list[dict[str, Any]] = [
         {"group": label, "part": part, "value": statistics.fmean(values), "of": len(values)}
         for label, part, values in _groups(rows, parts)
@@ -79,7 +79,7 @@ def lesion_parts(rows: list[dict[str, Any]]) -> Any:
     across = alt.X("value:Q", title=f"mean {title}")
     drawn = bar.mark_bar(height={"band": 0.7}).encode(x=across, color=colour)
     labels = text.mark_text(align="left", dx=6, color=SOFT).encode(x=across, text="text:N")
-    panels.append(alt.layer(drawn, labels, width=WIDTH - 190, height={"step": 22}))
+    panels.append(alt.layer(drawn, labels, width=WIDTH - 240, height={"step": 22}))
     by_part = {part: statistics.fmean(r["change"] for r in rows if r["part"] == part) for part in parts}
     found = ", ".join(f"{part} {rise(metric, value)}" for part, value in by_part.items())
     return theme.finish(
