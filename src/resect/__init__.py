@@ -37,6 +37,7 @@ _STORY = {
     "blocks.plan": ["Plan"],
     "shrink.rank": ["Ranking", "rank"],
     "shrink.remove": ["remove"],
+    "shrink.replace": ["replace"],
     "shrink.files": ["load", "save"],
     "integrations.export": ["Exported", "export"],
 }

@@ -41,6 +41,7 @@ from resect.analyse.response import block_response as block_response
 from resect.blocks.plan import Plan as Plan
 from resect.shrink.rank import Ranking as Ranking, rank as rank
 from resect.shrink.remove import remove as remove
+from resect.shrink.replace import replace as replace
 from resect.shrink.files import load as load, save as save
 from resect.integrations.export import Exported as Exported, export as export
 

@@ -17,8 +17,9 @@ from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, sha256_of, whole_folder
 from resect.shrink.compact import delete_layers
-from resect.shrink.history import COMPACT
+from resect.shrink.history import COMPACT, REPLACED
 from resect.shrink.remove import copied, take_out
+from resect.shrink.standin import linear_of, stand_in
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
@@ -33,7 +34,7 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
 
     Raises
     ------
-    InputError: the model was not cut by ``remove``.
+    InputError: the model was not cut by ``remove`` or ``replace``.
     FileError: the disk is full, or the place holds something else.
     """
     plan = getattr(small, "resect_plan", None)
@@ -81,7 +82,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     missing += [f"no parameter {name!r}" for b in plan.blocks for name in b.raw_parameters if name not in weights]
     check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
     small = copied(model)
-    take_out(small, plan.blocks)
+    stand_ins = {name: run["linear"] for name, run in plan.evidence.get(REPLACED, {}).items() if run["linear"]}
+    for block in plan.blocks:
+        if block.name in stand_ins:
+            stand_in(small, block, linear_of(stand_ins[block.name]))
+    take_out(small, [block for block in plan.blocks if block.name not in stand_ins])
     delete_layers(small, plan.evidence.get(COMPACT, {}).get("layers", ()))
     _check_fits(small, tensors, plan)
     # Tied tensors are stored once: strict=False after the check above, which knows about ties.

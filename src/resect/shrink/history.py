@@ -11,6 +11,8 @@ from resect.blocks.plan import Plan
 
 COMPACT = "compact"
 """Key of a plan's evidence that holds what ``compact`` did."""
+REPLACED = "replaced"
+"""Key of what ``replace`` put in the place of runs of blocks, by the name of each run's first."""
 
 
 def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None = None) -> Plan:
@@ -27,6 +29,9 @@ def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None 
     evidence = {**(earlier.evidence if earlier is not None else {}), **plan.evidence}
     if compacted is not None:
         evidence[COMPACT] = _merged(past, compacted)
+    if REPLACED in evidence:
+        now = {original(name, moved): _named(run, moved) for name, run in plan.evidence.get(REPLACED, {}).items()}
+        evidence[REPLACED] = {**(earlier.evidence.get(REPLACED, {}) if earlier is not None else {}), **now}
     blocks = tuple(_translated(block, moved) for block in plan.blocks)
     scores = {original(name, moved): score for name, score in plan.scores.items()}
     return replace(
@@ -58,6 +63,12 @@ def _merged(past: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
         "keys": {new: original(old, before) for new, old in now["keys"].items()},
         "kept": {original(layer, before): reason for layer, reason in now["kept"].items()},
     }
+
+
+def _named(run: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+    merged = run["merged_into"]
+    names = {"blocks": [original(name, moved) for name in run["blocks"]]}
+    return {**run, **names, "merged_into": None if merged is None else original(merged, moved)}
 
 
 def _translated(block: ResidualBlock, moved: Mapping[str, str]) -> ResidualBlock:
