@@ -61,6 +61,13 @@ def test_the_steps_alone(resect, tmp_path):
     assert "4 residual blocks" in out
     code, out, _ = resect("shrink", "cut", "--names", "layer1.1", "--out", "cut2")
     assert code == 0, out
+    code, out, _ = resect(
+        "shrink", "runs/a", "--names", "layer1.1", "--out", "cut3", "--replace", "--export", "cut.pt2"
+    )
+    assert code == 0, out
+    assert "merged into" in out
+    assert "batch sizes" in out
+    assert (tmp_path / "cut.pt2").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import resect
 from resect.errors import InputError
 from resect.shrink.least_squares import LeastSquares
+from resect.shrink.seen import rows_of, strided
 
 
 class Linear(nn.Module):
@@ -249,6 +250,35 @@ def test_cut_again_the_plan_knows_of_both(tmp_path):
     resect.save(twice, tmp_path / "cut")
     again = resect.load(tmp_path / "cut", Stream(*(Curved(6) for _ in range(5))).eval())
     assert torch.equal(again(x), twice(x))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(8, 2), (7, 2), (9, 3), (8, 1)])
+def test_the_features_are_those_that_a_strided_convolution_sees(size, stride):
+    features, conv = torch.randn(2, 3, size, size), nn.Conv2d(3, 4, 1, stride=stride)
+    wanted = conv(features)
+    picked, strides = strided(features, wanted, 1)
+    assert strides == (stride, stride)
+    rows = rows_of(picked, 1) @ conv.weight.flatten(1).T + conv.bias
+    assert torch.allclose(rows, rows_of(wanted, 1), atol=1e-5)
+
+
+class Normed(Stream):
+    """Normalises after every addition: what one block hands on is not its sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch in self.layers:
+            x = nn.functional.layer_norm(x + branch(x), (6,))
+        return x
+
+
+def test_nothing_is_merged_across_a_norm():
+    torch.manual_seed(0)
+    net, x = Normed(*(Curved(6) for _ in range(4))).eval(), torch.randn(3, 5)
+    small = resect.replace(net, found(net, x), ["layers.2"], batches(5))
+    (run,) = facts(small).values()
+    assert run["merged_into"] is None
+    assert run["error"] < run["error_removed"]
 
 
 class Outside(Stream):

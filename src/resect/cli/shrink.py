@@ -20,7 +20,8 @@ def shrink(
     option: Options = None,
     data: Data = None,
     data_option: DataOptions = None,
-    limit: Annotated[int, typer.Option(min=1, help="rank on this many training images")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="rank, and fit, on this many training images")] = 1000,
+    replace: Annotated[bool, typer.Option("--replace", help="fit a linear map in the place of what is cut")] = False,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
@@ -40,11 +41,19 @@ def shrink(
     need_blocks(opened.name, blocks)
     with progress_bar(err) as display:
         chosen = choose_plan(opened, blocks, number, names, plan, limit, display)
-    small = resect.remove(opened.model, blocks, chosen)
+    if replace:
+        small = resect.replace(opened.model, blocks, chosen, opened.batches("train", limit), samples=limit)
+    else:
+        small = resect.remove(opened.model, blocks, chosen)
     save_cut(small, to, opened)
     out.print(str(chosen), highlight=False)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
-    out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}). Proven equal to the closed model.")
+    proof = "" if replace else " Proven equal to the closed model."
+    out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}).{proof}")
+    for run in small.resect_plan.evidence.get("replaced", {}).values():
+        where = f"merged into {run['merged_into']}" if run["merged_into"] else "one linear layer kept"
+        distance = f"{run['error_removed']:.3g} without it, {run['error']:.3g} with it"
+        out.print(f"In the place of {', '.join(run['blocks'])}: {where}; distance from the uncut net {distance}.")
     if opened.data is not None and not isinstance(opened.data, TextData):
         images, labels = opened.images()
         a, b = evaluate(opened.model, images, labels), evaluate(small, images, labels)
