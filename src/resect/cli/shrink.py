@@ -31,6 +31,7 @@ def shrink(
     Example: [bold]resect shrink runs/digits-epsilon --out cut[/bold]
     """
     import resect
+    from resect.blocks.plan import Plan
     from resect.lab.display import progress_bar
     from resect.lab.evaluate import evaluate
     from resect.lab.open import choose_plan, open_model, save_cut
@@ -50,7 +51,8 @@ def shrink(
     before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
     proof = "" if replace else " Proven equal to the closed model."
     out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}).{proof}")
-    for run in small.resect_plan.evidence.get("replaced", {}).values():
+    done: Plan = small.resect_plan  # type: ignore[assignment]
+    for run in done.evidence.get("replaced", {}).values():
         where = f"merged into {run['merged_into']}" if run["merged_into"] else "one linear layer kept"
         distance = f"{run['error_removed']:.3g} without it, {run['error']:.3g} with it"
         out.print(f"In the place of {', '.join(run['blocks'])}: {where}; distance from the uncut net {distance}.")
