@@ -157,6 +157,16 @@ def test_shared_and_tied_layers_are_refused_with_the_reason():
         swappable(tied, resect.find_blocks(tied, x))
 
 
+def test_downsampling_layers_stay_where_they_are():
+    class Bent(Conv):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.side = nn.Conv2d(4, 4, 1)
+
+    net, x = nn.Sequential(Bent(), Bent(), Conv(4, 4), Conv(4, 4), nn.Flatten()).eval(), torch.randn(2, 4, 6, 6)
+    assert swappable(net, resect.find_blocks(net, x))[1] == [["2", "3"]]
+
+
 def test_everything_stands_where_it_stood_after_an_exception(stages):
     net, blocks, x = stages
     before = list(net.named_modules())
