@@ -62,9 +62,9 @@ def train(net: nn.Module, x: Tensor, y: Tensor, steps: int, batch: int = 128) ->
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.15 * min(step / (0.2 * steps), (1 - step / steps) / 0.8)
         rows = torch.randint(len(x), (batch,), generator=draw)
-        top, left, flip = torch.randint(9, (2,), generator=draw).tolist() + [bool(torch.rand(1, generator=draw) < 0.5)]
+        top, left, flip = torch.randint(9, (3,), generator=draw).tolist()
         images = F.pad(x[rows], (4, 4, 4, 4))[..., top : top + 32, left : left + 32]
-        images = (images.flip(-1) if flip else images).contiguous(memory_format=torch.channels_last)
+        images = (images.flip(-1) if flip > 4 else images).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(net(images), y[rows])
         loss.backward()

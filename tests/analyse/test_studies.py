@@ -201,7 +201,8 @@ def test_a_model_that_is_random_in_eval_mode_is_refused_and_the_place_named(setu
     data = setup[2]
     net = Constant()
     blocks = resect.find_blocks(net, data[0][0])
-    assert resect.lesion_study(net, blocks, data).each
+    with pytest.warns(UserWarning, match="'forget' has hooks"):
+        assert resect.lesion_study(net, blocks, data).each
     noisy = Noisy()
     noisy.load_state_dict(net.state_dict())
     with pytest.raises(InputError, match=r"differ, though it is in eval mode: .* first in 'forget' \(Linear\)"):

@@ -14,6 +14,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.example import Forward
 from resect.blocks.measure import Evaluate, Progress, measured
 from resect.blocks.metrics import Metric, finished, metric_named
+from resect.blocks.running import Proof
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Measuring:
     total: int
     done: int = 0
     known: dict[tuple[str, ...], float] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
 
     def closed(self, wanted: Sequence[Subset]) -> list[float]:
         """Return the metric with each subset closed; what was measured before is not measured again."""
@@ -60,7 +62,7 @@ class Measuring:
     def _measured(self, subsets: Any, store: str | Path | None, progress: Progress | None) -> dict[Any, float]:
         found = measured(
             self.model, self.blocks, self.data, subsets, self.metric, self.forward, progress,
-            evaluate=self.evaluate, store=store,
+            evaluate=self.evaluate, store=store, proof=self.proof,
         )  # fmt: skip
         kind = metric_named(self.metric)
         return {subset: finished(kind, mean) for subset, mean in found}

@@ -17,7 +17,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, device_of, forward_batch, to_device
 from resect.blocks.metrics import Metric, metric_named
 from resect.blocks.ranks import rank_of_ranks, together
-from resect.blocks.running import Subset, canonical, in_order, running
+from resect.blocks.running import Proof, Subset, canonical, in_order, running
 from resect.blocks.store import Store
 from resect.blocks.units import is_sharded
 from resect.errors import BlocksError, InputError, quoted
@@ -45,6 +45,7 @@ def measured(
     *,
     evaluate: Evaluate | None = None,
     store: str | Path | None = None,
+    proof: Proof | None = None,
 ) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield ``(subset, metric)`` as they are finished: first of the whole model, ``()``, then of each subset.
 
@@ -63,6 +64,7 @@ def measured(
     progress: called as ``progress(done, total)``, in subsets.
     evaluate: ``evaluate(model, batch)`` runs the model and gives one number per sample.
     store: a file for what is finished, chunk by chunk. What it holds of the same study is not measured again.
+    proof: carries from one call to the next what was found out about leaving out what networks share.
 
     Raises ``BlocksError`` for an empty selection; ``InputError`` for data without samples or that cannot be repeated,
     an unknown metric, one that is NaN or not one number per sample, a store of another study, processes that differ.
@@ -75,6 +77,7 @@ def measured(
     kept = None if store is None or rank else Store(store, study)
     known: Values = together(lambda: kept.read() if kept else {})[0]
     total, done, first = len(subsets) if isinstance(subsets, Sequence) else 0, 0, True
+    proof = Proof() if proof is None else proof
     for chunk, last in _chunks(subsets, blocks, CHUNK * ranks):
         if not last and iter(data) is data:
             raise InputError(
@@ -85,7 +88,9 @@ def measured(
         share = [()] * first + (todo if is_sharded(model) else todo[rank::ranks])
         tell = partial(_tell, progress, done, len(chunk), total) if progress else None
         facts = study | {"subsets": _digest(chunk, last)}
-        told = together(partial(_one_pass, model, blocks, data, share, measure, evaluate or forward, tell, facts))
+        told = together(
+            partial(_one_pass, model, blocks, data, share, measure, evaluate or forward, proof, tell, facts)
+        )
         _check_same([facts for _, facts in told])
         values = {subset: value for found, _ in told for subset, value in found.items()}
         together(partial(_keep, kept, values, told[0][1] if first else None))
@@ -132,6 +137,7 @@ def _one_pass(
     subsets: list[tuple[str, ...]],
     measure: Metric,
     forward: Forward,
+    proof: Proof,
     tell: Callable[[float], None] | None,
     facts: dict[str, Any],
 ) -> tuple[Values, dict[str, Any]]:
@@ -140,7 +146,7 @@ def _one_pass(
         return {}, facts
     totals, counts = dict.fromkeys(subsets, 0.0), dict.fromkeys(subsets, 0)
     device, batches = device_of(model), len(data) if isinstance(data, Sized) else 0
-    with running(model, blocks, forward) as run:
+    with running(model, blocks, forward, proof) as run:
         for number, batch in enumerate(data, start=1):
             batch = to_device(batch, device)
             for subset, output in zip(subsets, run.each(batch, subsets), strict=True):
