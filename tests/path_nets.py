@@ -97,8 +97,8 @@ class PathOf(dict):
         return self.length
 
 
-def by_weighing(blocks: Any, gradient: Any, gates: Any, lengths: int) -> Tensor:
-    """The summed gradient of all paths of each length, for any model: (lengths, …), in float64.
+def by_weighing(gradient: Any, handle: Any, lengths: int) -> Tensor:
+    """The summed gradient of all paths of each length, for any model in float64: (lengths, …).
 
     Every branch's gradient is multiplied by z, its value is not; the gradient is then a polynomial in z whose
     coefficients are the wanted ones, and ``lengths`` values of z tell them apart. ``gradient()`` runs the model.
@@ -106,7 +106,7 @@ def by_weighing(blocks: Any, gradient: Any, gates: Any, lengths: int) -> Tensor:
     points = torch.cos(torch.pi * (torch.arange(lengths, dtype=torch.float64) + 0.5) / lengths)
     rows = []
     for z in points.tolist():
-        for gate in gates:
+        for gate in handle:
             gate.apply(lambda branch, z=z: z * branch + (1 - z) * branch.detach())
         rows.append(gradient())
     powers = points[:, None] ** torch.arange(lengths, dtype=torch.float64)

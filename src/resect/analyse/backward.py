@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from resect.analyse.paths import Chain, chain_from, chain_of, names_in
 from resect.analyse.place import Place, join_seen, looking
 from resect.blocks.block import Blocks
 from resect.blocks.gate import Gates, Which, gates, resolve
+from resect.blocks.inflight import AbsentError
 from resect.blocks.modes import kept_modes
 from resect.errors import BlocksError, InputError, check_all, quoted
 
@@ -157,7 +158,8 @@ def _seen_place(case: Case, one: Batch) -> Place:
                 handle[name].apply(partial(_noted, sides))
                 join_seen(handle[name], sides.append)
 
-        with running(replace(case, place=place), one, act) as run:
+        # AbsentError: what the addition adds to cannot be told there, between several branches and operations on them.
+        with suppress(AbsentError), running(replace(case, place=place), one, act) as run:
             if all(s.requires_grad and run.back([s], [torch.ones_like(s)])[0] is not None for s in sides):
                 return replace(place, alone=run.shape)
     raise InputError(
