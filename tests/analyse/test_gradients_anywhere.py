@@ -38,7 +38,7 @@ def reference(model, blocks, start, loss, lengths):
 
 HANDWRITTEN = [
     "x += f(x)", "f += x", "x - f(x)", "x + gamma * f(x)", "highway", "parallel", "parallel, identity last",
-    "raw weights", "part of the channels", "checkpointed", "one layer, three calls", "shared MLP",
+    "raw weights", "part of the channels", "one layer, three calls", "shared MLP",
 ]  # fmt: skip
 
 
@@ -66,6 +66,17 @@ def test_every_way_to_write_a_block(name):
     else:
         drawn = resect.path_gradients(model, blocks, (X, Y), summed, samples=3)
         assert (drawn.sum_of_norms >= 0).all()
+
+
+@pytest.mark.core
+def test_what_enters_a_block_that_shares_its_modules():
+    """Which call of the module is the block's: along identity shortcuts alone, the gradient is one at all of them."""
+    torch.manual_seed(0)
+    model = MODELS["one layer, three calls"][0]().double().eval()
+    blocks = resect.find_blocks(model, X)
+    found = [resect.path_gradients(model, blocks, (X, Y), summed, at=name, samples=0) for name in blocks.names]
+    assert [one.paths for one in found] == [(1, 3, 3, 1), (1, 2, 1), (1, 1)]
+    assert [float(one.norm_of_sum[0]) for one in found] == pytest.approx([float(found[0].norm_of_sum[0])] * 3)
 
 
 def test_windows_and_checkpointing():

@@ -85,7 +85,7 @@ def _print_lengths(found: Any) -> None:
     sampled = len(found.sum_of_norms) > 0
     columns = ["branches", "paths", "norm of sum (exact)"]
     for column in [*columns, *(["sum of norms (sampled)", "95 % interval", "coherence"] if sampled else [])]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "95 % interval")
     for row in found.rows():
         cells = [
             f"{'≥ ' * row.get('longer', False)}{row['length']}",
@@ -93,7 +93,7 @@ def _print_lengths(found: Any) -> None:
             f"{row['norm_of_sum']:.4g}",
         ]
         if "sum_of_norms" in row:
-            cells += [f"{row['sum_of_norms']:.4g}", f"{row['low']:.4g} … {row['high']:.4g}", f"{row['coherence']:.3g}"]
+            cells += [f"{row['sum_of_norms']:.4g}", f"{row['low']:.3g} … {row['high']:.3g}", f"{row['coherence']:.3g}"]
         table.add_row(*cells)
     out.print(table)
     if found.max_length is None:
@@ -111,7 +111,8 @@ def _print_blocks(through: Any) -> None:
     """Print what comes through each block's branch and past it."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, title="The gradient through each branch, and past it", title_justify="left")
+    out.print("\nThe gradient through each branch, and past it:")
+    table = Table(box=None, pad_edge=False)
     table.add_column("block")
     for column in ("through", "past", "share"):
         table.add_column(column, justify="right")

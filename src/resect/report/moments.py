@@ -35,9 +35,9 @@ def gradients_by_moment(rows: list[dict[str, Any]]) -> Any:
             total = sum(value for _, value in values)
             kept = [(k, value) for (k, value), row in zip(values, own, strict=True) if not row["longer"]]
             drawn += [{"when": when, "length": k, "part": value / total} for k, value in kept if total]
-            if total and len(kept) == len(values) and when == moments[-1]:
+            if total and len(kept) == len(values) and when == moments[-1] and not said:
                 low, high, held = narrowest(values)
-                said = f"{when}: {theme.percent(held)} along paths of {low} to {high} branches"
+                said = f"{title}, {when}: {theme.percent(held)} along paths of {low} to {high} branches."
         x = alt.X(
             "length:Q",
             title="path length (branches on the path)",
@@ -82,7 +82,9 @@ def block_gradients(rows: list[dict[str, Any]]) -> Any:
     )
     y = alt.Y("part:Q", title="norm, in units of the whole gradient's", scale=alt.Scale(domainMin=0))
     colour = alt.Color(
-        "way:N", scale=alt.Scale(domain=[way for way, *_ in ways], range=[colour for *_, colour in ways])
+        "way:N",
+        scale=alt.Scale(domain=[way for way, *_ in ways], range=[colour for *_, colour in ways]),
+        legend=alt.Legend(symbolOpacity=1),
     )
     tips = [
         alt.Tooltip("name:N", title="block"),
