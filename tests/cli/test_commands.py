@@ -111,7 +111,7 @@ def test_unknown_commands_and_options_get_the_nearest(resect):
     assert "--json" in err
 
 
-@pytest.mark.parametrize("command", ["find", "train", "lesion", "paths", "shrink", "report", "demo"])
+@pytest.mark.parametrize("command", ["find", "train", "lesion", "paths", "reuse", "shrink", "report", "demo"])
 def test_every_help_has_an_example(resect, command):
     code, out, _ = resect(command, "--help")
     assert code == 0

@@ -269,6 +269,70 @@ def unit_similarity() -> list[Row]:
     ]
 
 
+def block_response() -> list[Row]:
+    draw = random.Random(6)
+    return [
+        {"net": net, "index": block["index"], "name": block["name"], "shortcut": block["shortcut"],
+         "ratio": 0.0 if block["index"] == 7 else size * draw.uniform(0.1, 0.6), "angle": draw.uniform(70, 120),
+         "descent": None if block["index"] == 9 else draw.gauss(0.02, 0.03)}
+        for net, size in {"plain": 1.0, HOSTILE: 0.4}.items()
+        for block in small_net()
+    ]  # fmt: skip
+
+
+def angular_distance() -> list[Row]:
+    return [
+        {"net": net, "depth": i, "other": j,
+         "distance": None if i // 7 != j // 7 else 1 - math.exp(-turn * abs(i - j))}
+        for net, turn in {"plain": 0.1, HOSTILE: 0.02}.items()
+        for i in range(20)
+        for j in range(20)
+    ]  # fmt: skip
+
+
+def cka() -> list[Row]:
+    return [
+        {"net": net, "depth": i, "other": j,
+         "cka": None if i == 3 else 1.02 * math.exp(-fall * abs(i - j)) - 0.02}
+        for net, fall in {"plain": 0.1, "stochastic depth": 0.05, HOSTILE: 0.02, "ResidualDroppath": 0.3}.items()
+        for i in range(20)
+        for j in range(20)
+    ]  # fmt: skip
+
+
+def probes() -> list[Row]:
+    return [
+        {"net": net, "depth": depth, "after": f"layer{depth}" if depth else None, "guessing": 0.11,
+         "accuracy": end * (1 - 0.7 * math.exp(-depth / 6))}
+        for net, end in {"plain": 0.98, HOSTILE: 0.9}.items()
+        for depth in range(20)
+    ]  # fmt: skip
+
+
+def strict_identity() -> list[Row]:
+    draw = random.Random(7)
+    return [
+        {"net": net, "index": block["index"], "name": block["name"], "quantile": quantile, "epsilon": 2.5,
+         "response": 0.0 if block["index"] == 50 else size * (1 + quantile**3)}
+        for net, most in {"plain": 6.0, HOSTILE: 2.0}.items()
+        for block in small_net()
+        for size in [most * draw.uniform(0.2, 1)]
+        for quantile in (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+    ]  # fmt: skip
+
+
+def gate_closed() -> list[Row]:
+    draw = random.Random(8)
+    return [
+        {"net": net, "index": block["index"], "name": block["name"], "epsilon": 2.5, "batch": size,
+         "closed": share**size}
+        for net in ("plain", HOSTILE)
+        for block in small_net()
+        for share in [draw.uniform(0.5, 1)]
+        for size in (1, 16, 64)
+    ]  # fmt: skip
+
+
 ALL = {
     "chain": chain,
     "speed": speed,
@@ -289,4 +353,10 @@ ALL = {
     "table_latency": table_latency,
     "unit_maps": unit_maps,
     "unit_similarity": unit_similarity,
+    "block_response": block_response,
+    "angular_distance": angular_distance,
+    "cka": cka,
+    "probes": probes,
+    "strict_identity": strict_identity,
+    "gate_closed": gate_closed,
 }

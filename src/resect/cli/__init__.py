@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 import resect
-from resect.cli import find, train, analyse, paths, shrink, report  # noqa: F401 (the order of the help)
+from resect.cli import find, train, analyse, paths, reuse, shrink, report  # noqa: F401 (the order of the help)
 
 # isort: on
 from resect.errors import ResectError

@@ -15,13 +15,16 @@ from resect.errors import FileError, InputError, ResectError, unknown
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
+from resect.report.depths import angular_distance, cka
 from resect.report.lesion_rows import lesion_figures
 from resect.report.lesions import lesion_each, lesion_random
 from resect.report.measurements import FORMATS, Measurements, read_measurements
 from resect.report.moments import block_gradients, gradients_by_moment
 from resect.report.paths import gradients, path_lengths
 from resect.report.removal import removal
+from resect.report.reuse import block_response, probes
 from resect.report.rows import write_file
+from resect.report.strict import gate_closed, strict_identity
 from resect.report.studies import lesion_many, lesion_order, lesion_pairs, lesion_parts, lesion_paths
 from resect.report.units import unit_maps, unit_similarity
 
@@ -45,6 +48,12 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "table_latency": table_latency,
     "unit_maps": unit_maps,
     "unit_similarity": unit_similarity,
+    "block_response": block_response,
+    "angular_distance": angular_distance,
+    "cka": cka,
+    "probes": probes,
+    "strict_identity": strict_identity,
+    "gate_closed": gate_closed,
 }
 
 # The vega-lite version that the installed altair writes for, "v6.4.1" as "6.4".

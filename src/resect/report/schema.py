@@ -142,6 +142,34 @@ COLUMNS: dict[str, dict[str, str]] = {
         "other": "int",
         "similarity": "fraction",  # of the units of `block`, as they are found again in `other`
     },
+    "block_response": {
+        "net": "text",
+        "index": "int",
+        "name": "text",
+        "shortcut": "text?",
+        "ratio": "number?",  # of the norms of branch and shortcut
+        "angle": "number?",  # between the two, in degrees
+        "descent": "number?",  # cosine of the branch with the negative gradient
+    },
+    "angular_distance": {"net": "text", "depth": "int", "other": "int", "distance": "fraction?"},
+    "cka": {"net": "text", "depth": "int", "other": "int", "cka": "number?"},
+    "probes": {"net": "text", "depth": "int", "after": "text?", "accuracy": "fraction?", "guessing": "fraction?"},
+    "strict_identity": {
+        "net": "text",
+        "index": "int",
+        "name": "text",
+        "quantile": "fraction",  # 0.05, 0.25, 0.5, 0.75, 0.95 and 1 are drawn
+        "response": "number?",  # of max|f| over the samples
+        "epsilon": "number?",
+    },
+    "gate_closed": {
+        "net": "text",
+        "index": "int",
+        "name": "text",
+        "epsilon": "number",
+        "batch": "int",
+        "closed": "fraction",
+    },
 }
 
 NEEDS_ONE = {
@@ -149,6 +177,11 @@ NEEDS_ONE = {
     "gradients": ["norm_of_sum", "sum_of_norms"],
     "gradients_by_moment": ["norm_of_sum", "sum_of_norms"],
     "response": ["response"],
+    "block_response": ["ratio", "angle", "descent"],
+    "angular_distance": ["distance"],
+    "cka": ["cka"],
+    "probes": ["accuracy"],
+    "strict_identity": ["response"],
 }
 
 ABOUT: dict[str, str] = {
@@ -191,7 +224,19 @@ ABOUT: dict[str, str] = {
     "unit_maps": "Every input is a point of the plane. Each square is a map of it that shows where one unit of one "
     "branch responds, and with which sign. Squares that look alike are units that say the same.",
     "unit_similarity": "Bright: for every unit of one block there is one in the other block that responds alike, or "
-    "just the other way round. Without learning units are alike too, because all blocks read the same two inputs.",
+    "just the other way round. Without learning units are alike too, because all blocks read one and the same stream.",
+    "block_response": "A branch adds to the shortcut: here is how much, in which direction, and whether what it adds "
+    "points downhill, where the loss falls. Small branches only refine what is there already.",
+    "angular_distance": "How far the stream has turned between two depths. Blocks in a row that hardly turn it are "
+    "those that language models were found to do without.",
+    "cka": "How alike what the network knows is at two depths, whatever the coordinates it is written in. Bright: the "
+    "blocks between them changed little.",
+    "probes": "At every depth a simple linear classifier was trained on what the stream holds there. Where the curve "
+    "rises, blocks make the classes easier to tell apart.",
+    "strict_identity": "The largest value that each branch adds, sample by sample. A block whose samples all stay "
+    "within ε does nothing once gated: it is exactly its shortcut.",
+    "gate_closed": "The gate looks at whole batches: one large response among all samples opens it. So the same block "
+    "may be closed on small batches and open on large ones.",
 }
 
 

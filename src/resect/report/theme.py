@@ -112,9 +112,9 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """``1 block``, ``2 blocks``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    """``1 block``, ``2 blocks``; ``many``: the plural of a noun that takes no s."""
+    return f"{number} {noun if number == 1 else many or noun + 's'}"
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:

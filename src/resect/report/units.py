@@ -117,7 +117,7 @@ def unit_similarity(rows: list[dict[str, Any]]) -> Any:
         alt.hconcat(*panels, spacing=GAP),
         "How well the units of each block are found again in each other block",
         [
-            "Mean over a block's units of the largest |correlation| with any unit of the other block, over the plane.",
+            "Mean over a block's units of the largest |correlation| with any unit of the other block.",
             "Number behind a name: mean over blocks that are not neighbours.",
         ],
     )
