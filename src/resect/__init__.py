@@ -17,6 +17,7 @@ _STORY = {
     "blocks.gate": ["closed", "detach", "gates"],
     "blocks.compiled": ["compile"],
     "blocks.sharding": ["fully_shard"],
+    "blocks.fold": ["folded"],
     "train.schedules": ["schedules"],
     "train.stochastic_depth": ["StochasticDepth"],
     "train.residual_droppath": ["ResidualDroppath"],

@@ -14,6 +14,7 @@ from resect.blocks.example import Example as Example
 from resect.blocks.block import Blocks as Blocks, ResidualBlock as ResidualBlock
 from resect.blocks.find import find_blocks as find_blocks
 from resect.blocks.byhand import block as block
+from resect.blocks.fold import folded as folded
 from resect.blocks.gate import closed as closed, detach as detach, gates as gates
 from resect.blocks.compiled import compile as compile
 from resect.blocks.sharding import fully_shard as fully_shard
