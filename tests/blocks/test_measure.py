@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -146,6 +147,25 @@ def test_a_store_of_another_study_is_refused_and_left_alone(setup, tmp_path):
         with pytest.raises(FileError, match="holds no measurements of a study"):
             list(measured(net, blocks, data, subsets, store=other))
         assert other.read_text() == text
+
+
+def test_a_store_of_other_weights_is_refused_though_they_score_alike(setup, tmp_path):
+    net, blocks, data, subsets = setup
+    file = tmp_path / "store.jsonl"
+    same = lambda output, batch: torch.ones(len(output))  # noqa: E731  # whatever the weights
+    list(measured(net, blocks, data, subsets, same, store=file))
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] += 1
+    with pytest.raises(InputError, match="weights was"):
+        list(measured(net, blocks, data, subsets, same, store=file))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_however_it_is_asked_for(setup):
+    net, blocks, data, subsets = setup
+    whole, values = measure_closed(net, blocks, data, subsets, "perplexity")
+    expected, logs = measure_closed(net, blocks, data, subsets, "cross_entropy")
+    assert whole == pytest.approx(math.exp(expected))
+    assert values == pytest.approx([math.exp(value) for value in logs])
 
 
 def test_data_of_another_pass_that_gives_nothing_is_noticed(setup, monkeypatch):

@@ -13,7 +13,7 @@ from resect.analyse.subsets import Subset
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward
 from resect.blocks.measure import Evaluate, Progress, measured
-from resect.blocks.metrics import Metric, finished, metric_named
+from resect.blocks.metrics import Metric
 from resect.blocks.running import Proof
 
 
@@ -64,8 +64,7 @@ class Measuring:
             self.model, self.blocks, self.data, subsets, self.metric, self.forward, progress,
             evaluate=self.evaluate, store=store, proof=self.proof,
         )  # fmt: skip
-        kind = metric_named(self.metric)
-        return {subset: finished(kind, mean) for subset, mean in found}
+        return dict(found)
 
     def _tell(self, more: int) -> None:
         if self.progress and self.done + more:

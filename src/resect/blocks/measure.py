@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, device_of, forward_batch, to_device
-from resect.blocks.metrics import Metric, metric_named
+from resect.blocks.metrics import Metric, finished, metric_named
 from resect.blocks.ranks import rank_of_ranks, together
 from resect.blocks.running import Proof, Subset, canonical, in_order, running
-from resect.blocks.store import Store
+from resect.blocks.store import Store, fingerprint
 from resect.blocks.units import is_sharded
 from resect.errors import BlocksError, InputError, quoted
 
@@ -73,8 +73,9 @@ def measured(
         raise BlocksError("There is nothing to close: the selection of residual blocks is empty.")
     name = metric if isinstance(metric, str) and evaluate is None else getattr(evaluate or metric, "__name__", "metric")
     measure = metric_named(metric) if evaluate is None else _as_given
-    study, (rank, ranks) = {"metric": name, "blocks": blocks.names}, rank_of_ranks()
-    kept = None if store is None or rank else Store(store, study)
+    study: dict[str, Any] = {"metric": name, "blocks": blocks.names}
+    rank, ranks = rank_of_ranks()
+    kept = None if store is None or rank else Store(store, study | {"weights": fingerprint(model)})
     known: Values = together(lambda: kept.read() if kept else {})[0]
     total, done, first = len(subsets) if isinstance(subsets, Sequence) else 0, 0, True
     proof = Proof() if proof is None else proof
@@ -159,7 +160,7 @@ def _one_pass(
                 tell(number / batches)
     if not all(counts.values()):
         raise InputError("The data gave no samples. Pass a list of batches or a DataLoader, not an exhausted iterator.")
-    means = {subset: totals[subset] / counts[subset] for subset in subsets}
+    means = {subset: finished(measure, totals[subset] / counts[subset]) for subset in subsets}
     return means, facts | ({"samples": counts[()], "baseline": means[()]} if () in means else {})
 
 

@@ -5,11 +5,15 @@ JSON lines: a header that says of which study they are, then one subset and its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from resect.errors import FileError, InputError
 from resect.files import write_text
@@ -72,6 +76,16 @@ class Store:
             pairs = [(key, _short(self._header.get(key)), _short(expected[key])) for key in differing]
             said = "; ".join(f"{key} was {before}, and is {now}" for key, before, now in pairs)
             raise InputError(f"{str(self.path)!r} holds measurements of another study: {said}. Choose another file.")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights and buffers, of the pieces held here where it is sharded."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            digest.update(name.encode() + save({"": local.detach().contiguous()}))
+    return digest.hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
 from resect.blocks.measure import Progress, measure_closed
-from resect.blocks.metrics import Metric, finished, metric_named
+from resect.blocks.metrics import Metric
 from resect.blocks.plan import Plan
 from resect.errors import InputError, unknown
 
@@ -64,6 +64,5 @@ def rank(
     if by != "lesion":
         raise unknown("score", by, ("lesion",))
     blocks = resolve(model, blocks)
-    found = measure_closed(model, blocks, data, [(name,) for name in blocks.names], metric, forward, progress)
-    whole, *values = (finished(metric_named(metric), mean) for mean in (found[0], *found[1]))
+    whole, values = measure_closed(model, blocks, data, [(name,) for name in blocks.names], metric, forward, progress)
     return Ranking(blocks, by, {name: value - whole for name, value in zip(blocks.names, values, strict=True)})
