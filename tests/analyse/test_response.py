@@ -9,6 +9,7 @@ import pytest
 import torch
 from nets import Net
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import resect
 from resect.analyse import streams
@@ -204,6 +205,7 @@ def test_tokens_with_padding_are_seen_without_it(pool):
     response = resect.block_response(net, blocks, [batch], pool=pool)
     assert response.pool == (pool or "last")
     assert "probes" in response.left_out
+    assert not any(found.requires_grad for found in (response.distance, response.cka, response.similarity))
     seen, output = by_hand_tokens(net, ids)
     loss = CE(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     gradients, seen = torch.autograd.grad(loss, [total for _, _, total in seen]), detached(seen)
@@ -266,7 +268,7 @@ def test_the_model_is_left_as_it_was(fails, frozen):
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     data = [(x, y), (x * torch.nan, y)] if fails else [(x, y)]
     if fails:
-        with pytest.raises(InputError, match=r"'one/.*NaN or infinite"):
+        with pytest.raises(InputError, match=r"'one/.*' is NaN or infinite"):
             resect.block_response(net, blocks, data)
     else:
         assert resect.block_response(net, blocks, data).mean["descent"].isfinite().all()
@@ -276,6 +278,29 @@ def test_the_model_is_left_as_it_was(fails, frozen):
     hook.remove()
     assert type(net.one.conv) is nn.Conv2d
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def test_checkpointed_blocks_are_looked_at_once():
+    net, blocks, x, y = setup_net()
+    same = Checkpointed((False, True, False)).double()
+    same.load_state_dict(net.state_dict())
+    wanted = resect.block_response(net, blocks, [(x, y)])
+    torch.testing.assert_close(resect.block_response(same, blocks, [(x, y)]).mean, wanted.mean)
+    same.reentrant = True
+    with pytest.raises(InputError, match="reentrant checkpointing cuts it off"):
+        resect.block_response(same, blocks, [(x, y)])
+    found = resect.block_response(same, blocks, [(x, y)], gradient=False)
+    torch.testing.assert_close(found.mean["angle"], wanted.mean["angle"])
 
 
 def test_one_block_will_do():

@@ -76,7 +76,8 @@ def block_response(
     ------
     BlocksError: no block, or none that can be watched.
     InputError: no samples, no target though the gradient is wanted, NaN or infinite responses, a block that does not
-        run or runs twice, a loss that is no scalar, an unknown ``pool``, probes too large for memory.
+        run, runs twice or that the loss does not depend on, a loss that is no scalar, an unknown ``pool``, probes too
+        large for memory.
 
     >>> response = resect.block_response(model, blocks, loader)
     >>> response.closed_rows(epsilon=2.5, batch_sizes=[1, 64])
@@ -112,7 +113,8 @@ def block_response(
             streams.check()
             if gradient:
                 streams.descend(_loss(loss_fn, output, target))
-            found.add([streams.looks[name] for name in blocks.names], target, chosen)
+            with torch.no_grad():
+                found.add([streams.looks[name] for name in blocks.names], target, chosen)
             if progress:
                 progress(done, total)
     return found.result()

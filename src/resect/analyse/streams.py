@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.gate import Gates
+from resect.blocks.recompute import is_recomputing
 from resect.errors import InputError, quoted
 
 Pool = Literal["mean", "last"]
@@ -68,10 +69,11 @@ class Streams:
         if missing:
             raise InputError(f"{quoted(missing)} did not run on this batch. Choose blocks that every batch passes.")
         for block in self.blocks:
-            if not self.looks[block.name].largest.isfinite().all():
+            look = self.looks[block.name]
+            if not (look.largest.isfinite() & look.shortcut.isfinite()).all():
                 raise InputError(
-                    f"What the branch of {block.name!r} gives is NaN or infinite for some sample, the first of all "
-                    "blocks to be so. Look at the inputs and the weights before it."
+                    f"The branch or the shortcut of {block.name!r} is NaN or infinite for some sample, as in no block "
+                    "before it. Look at the inputs, and at the weights up to there."
                 )
 
     def descend(self, loss: Tensor) -> None:
@@ -79,24 +81,31 @@ class Streams:
         names, branches, versions, sums = zip(*self._kept, strict=True)
         if any(branch._version != version for branch, version in zip(branches, versions, strict=True)):
             raise InputError("This model writes into a branch after adding it: use gradient=False.")
-        for name, branch, gradient in zip(
-            names, branches, torch.autograd.grad(loss, sums, allow_unused=True), strict=True
-        ):
-            if gradient is not None:
-                self.looks[name].descent = cosine(self._rows(branch), -self._rows(gradient))
+        gradients = torch.autograd.grad(loss, sums, allow_unused=True)
+        unreached = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+        if unreached:
+            raise InputError(
+                f"No gradient of the loss reaches {quoted(unreached)}: reentrant checkpointing cuts it off (give it "
+                "use_reentrant=False), or they serve another output. Choose other blocks, or gradient=False."
+            )
+        for name, branch, gradient in zip(names, branches, gradients, strict=True):
+            self.looks[name].descent = cosine(self._rows(branch), -self._rows(gradient))
         self._kept = []
 
     def note(self, block: ResidualBlock, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Take down what meets at the addition of a block; return the sum."""
+        if is_recomputing():  # by gradient checkpointing, in the backward pass: it was looked at before
+            return (shortcut + branch).clone()
         if block.name in self.looks:
             raise InputError(f"{block.name!r} ran twice in one pass, which its name does not tell apart.")
         total = shortcut + branch
         if self.gradient and not total.requires_grad:
             total.requires_grad_()
         with torch.no_grad():
+            shortcut = shortcut.detach()
             # Parallel branches of one sum arrive one after another: the shortcut is what the first one met.
             if block.sum in self._shared:
-                shortcut = self._sums.setdefault(block.sum, shortcut.detach().clone())
+                shortcut = self._sums.setdefault(block.sum, shortcut.clone())
             self.looks[block.name] = self._look(block, shortcut, branch.detach(), total.detach())
         if self.gradient:
             kept = branch.detach()

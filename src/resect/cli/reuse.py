@@ -109,7 +109,7 @@ def _show(net: str, found: BlockResponse, epsilon: float, sizes: list[int]) -> N
 
     title = f"{net}: {found.samples} samples, {'mean over places' if found.pool == 'mean' else 'last token'}"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    table.add_column("block", no_wrap=True)
+    table.add_column("block", overflow="fold")
     heads = ["size", "angle", "down", "turn", "probe", "max|f|", *(f"@{size}" for size in sizes)]
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
