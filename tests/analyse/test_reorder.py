@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nets import Block, Net
 from torch import nn
 
 import resect
-from resect.analyse.reorder import kendall_tau, random_order, reordered
+from resect.analyse.reorder import kendall_tau, number_of_orders, random_order, random_orders, reordered
 from resect.analyse.swappable import swappable
 from resect.errors import BlocksError, InputError
 
@@ -103,16 +104,18 @@ def test_swaps_are_measured_as_by_a_model_built_that_way(stages):
     net, blocks, x = stages
     y = torch.tensor([0, 3])
     before = list(net.named_modules())
-    study = resect.lesion_study(net, blocks, [(x, y)], metric="cross_entropy", each=False, swaps=[0, 3], draws=4)
+    study = resect.lesion_study(
+        net, blocks, [(x, y)], metric="cross_entropy", each=False, swaps=[0, 3], draws=4, seed=5
+    )
     layers, groups = swappable(net, blocks)
     assert list(net.named_modules()) == before
     for lesion in study.of("swaps"):
-        order = random_order(layers, groups, lesion.k, f"0/swap/{lesion.k}/{lesion.draw}")
+        order = list(random_orders(layers, groups, lesion.k, 4, f"5/swap/{lesion.k}")[0][lesion.draw])
         slow = nn.functional.cross_entropy(exchanged(net, layers, order)(x), y)
         assert lesion.value == pytest.approx(slow.item(), rel=1e-5)
         assert lesion.tau == kendall_tau(order)
-    assert [lesion.tau for lesion in study.of("swaps")[:4]] == [1.0] * 4
-    assert len({lesion.label for lesion in study.of("swaps")}) > 3
+    assert [(lesion.k, lesion.tau, lesion.every) for lesion in study.of("swaps")[:1]] == [(0, 1.0, True)]
+    assert len({lesion.label for lesion in study.of("swaps")}) == len(study.of("swaps")) == 5
 
 
 @given(st.permutations(range(7)))
@@ -128,10 +131,37 @@ def test_every_pair_that_fits_is_swapped_equally_often():
     layers, groups = list("abcde"), [["a", "b", "c"], ["d", "e"]]
     seen: dict[tuple[int, ...], int] = {}
     for seed in range(2000):
-        order = tuple(random_order(layers, groups, 1, str(seed)))
+        order = tuple(random_order(layers, groups, 1, random.Random(seed)))
         seen[order] = seen.get(order, 0) + 1
     assert len(seen) == 4
     assert min(seen.values()) > 420
+
+
+@pytest.mark.parametrize("swaps", [0, 1, 2, 3, 4])
+def test_orders_are_distinct_never_the_original_and_all_where_there_are_few(swaps):
+    layers, groups = list("abcde"), [["a", "b", "c"], ["d", "e"]]
+    pairs = [(0, 1), (0, 2), (1, 2), (3, 4)]
+    slow = set()
+    for chosen in itertools.product(pairs, repeat=swaps):
+        order = list(range(5))
+        for i, j in chosen:
+            order[i], order[j] = order[j], order[i]
+        slow.add(tuple(order))
+    slow -= {tuple(range(5))} if swaps else set()
+    assert number_of_orders([3, 2], swaps) == len(slow)
+    found, every = random_orders(layers, groups, swaps, 99, "0")
+    assert every
+    assert len(found) == len(slow)
+    assert set(found) == slow
+    some, every = random_orders(layers, groups, swaps, len(slow) - 1, "0")
+    assert not every
+    assert some == found[:-1]
+
+
+def test_swaps_that_can_only_undo_each_other_are_refused():
+    assert random_orders(["a", "b"], [["a", "b"]], 3, 9, "0") == ([(1, 0)], True)
+    with pytest.raises(InputError, match="After 2 swaps everything stands where it stood"):
+        random_orders(["a", "b"], [["a", "b"]], 2, 9, "0")
 
 
 def test_a_number_that_matters_keeps_a_layer_where_it_is():

@@ -78,7 +78,7 @@ def test_sub_networks_and_their_ensembles_are_the_hand_made_ones(setup):
     net, blocks, _, (x, y) = setup
     found = study(setup, paths=[0, 2, 4], draws=5, seed=1)
     by_place = {(lesion.k, lesion.draw): lesion for lesion in found.of("paths")}
-    assert len(by_place) == 15
+    assert [sum(length == k for length, _ in by_place) for k in (0, 2, 4)] == [1, 5, 2]  # there are 1, 9 and 2
     outputs = {}
     for (length, draw), lesion in by_place.items():
         kept = [name for name in blocks.names if name not in lesion.closed]
@@ -89,8 +89,8 @@ def test_sub_networks_and_their_ensembles_are_the_hand_made_ones(setup):
             outputs[length, draw] = net(x).softmax(dim=-1)
     teams = found.of("ensembles")
     assert sorted({(t.k, t.members, t.draw) for t in teams}) == [
-        (k, m, d) for k in (0, 2, 4) for m, d in ((2, 0), (2, 1), (4, 0))
-    ]
+        (2, 2, 0), (2, 2, 1), (2, 4, 0), (4, 2, 0),
+    ]  # fmt: skip
     for team in teams:
         first = team.draw * team.members
         mean = torch.stack([outputs[team.k, d] for d in range(first, first + team.members)]).mean(dim=0)
@@ -105,8 +105,42 @@ def test_draws_are_functions_of_names_and_seed(k, seed):
     torch.manual_seed(0)
     blocks = resect.find_blocks(Net((False, False, True, False)), torch.randn(4, 5))
     drawn = list(random_subsets(blocks, [k], 3, seed))
-    assert drawn == list(random_subsets(blocks, [1, k, k], 3, seed))[3:6]
+    assert len(drawn) == (1 if k in (0, 5) else 3)
+    assert [*drawn, *drawn] == list(random_subsets(blocks, [1, k, k], 3, seed))[3:]
     assert all(len(subset.closed) == k for subset in drawn)
+
+
+def test_no_subset_is_measured_twice_and_where_all_are_there_is_no_interval(setup):
+    names = setup[1].names
+    found = study(setup, random_counts=[0, 1, 2, 5], paths=[0, 1, 2], draws=9)
+    drawn = {k: [x.closed for x in found.random if x.k == k] for k in (0, 1, 2, 5)}
+    assert drawn[0] == [()]
+    assert drawn[1] == [(name,) for name in names]
+    assert len(drawn[2]) == len(set(drawn[2])) == 9  # of 10
+    assert drawn[5] == [tuple(names)]
+    rows = {row["k"]: row for row in found.by_count()}
+    assert [rows[k]["every"] for k in (0, 1, 2, 5)] == [True, True, False, True]
+    assert all(row["low"] == row["mean"] == row["high"] for k, row in rows.items() if k != 2)
+    assert rows[2]["low"] < rows[2]["mean"] < rows[2]["high"]
+    kept = {k: [x.closed for x in found.of("paths") if x.k == k] for k in (0, 1, 2)}
+    assert [(len(x), len(set(x))) for x in kept.values()] == [(1, 1), (5, 5), (9, 9)]
+    assert {row["k"]: row["every"] for row in found.by_count("paths")} == {0: True, 1: True, 2: True}
+    text = str(found)
+    for said in ("(all 5 subsets)", "(the only subset)", "(all 9 sub-networks)", "9 draws)"):
+        assert said in text
+
+
+def test_draws_that_do_not_collide_are_those_of_the_first_release(setup):
+    import random
+
+    from resect.analyse.subsets import random_subsets
+
+    names = setup[1].names
+    before = [set(random.Random(f"0/2/{draw}").sample(names, 2)) for draw in range(9)]
+    now = [set(subset.closed) for subset in random_subsets(setup[1], [2], 9, 0)]
+    fresh = [place for place, one in enumerate(before) if one not in before[:place] and one not in now[:place]]
+    assert 3 < len(fresh) < 9
+    assert all(now[place] == before[place] for place in fresh)
 
 
 def test_progress_counts_to_the_end_whatever_was_known_already(setup):
@@ -251,7 +285,7 @@ def test_one_block_alone(setup):
     net = Net((False,))
     blocks = resect.find_blocks(net, torch.randn(4, 5))
     found = resect.lesion_study(net, blocks, setup[2], greedy=True, runs=[1], paths=[0, 1], draws=2)
-    assert len(found.lesions) == 1 + 1 + 1 + 4 + 2
+    assert len(found.lesions) == 1 + 1 + 1 + 2
     with pytest.raises(InputError, match="Pairs need at least two blocks"):
         resect.lesion_study(net, blocks, setup[2], pairs=True)
     with pytest.raises(BlocksError, match=r"cannot be reordered: 'layers.0': no other layer is built like it"):

@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-ALL = ["--random", "1,2", "--runs", "2", "--by", "stage,kind", "--greedy", "--depth", "2", "--pairs", "--swaps", "1,2",
+ALL = ["--random", "1,2", "--runs", "2", "--by", "stage,kind", "--greedy", "--depth", "2", "--pairs", "--swaps", "0,1",
        "--paths", "1,3", "--draws", "2"]  # fmt: skip
 NET = ["cifar-resnet-14", "-o", "widths=[4,4,8]", "--data", "digits", "--limit", "32"]
 
@@ -16,13 +16,13 @@ def test_every_study_its_rows_and_its_figures_which_can_be_drawn_again(resect, t
     torch.manual_seed(0)  # of the random weights
     code, out, err = resect("lesion", *NET, *ALL, "--store", "s.jsonl", "--out", "fig")
     assert code == 0, err
-    for said in ("2 in a row", "stage 1, 2 closed together", "2 closed, the last", "15 pairs", "2 swaps", "averaged"):
+    for said in ("2 in a row", "stage 1, 2 closed together", "2 closed, the last", "15 pairs", "1 swap of", "averaged"):
         assert said in out, said
     with (tmp_path / "fig" / "lesion.csv").open() as file:
         rows = list(csv.DictReader(file))
     count = {name: sum(row["study"] == name for row in rows) for name in {row["study"] for row in rows}}
     assert count == {
-        "each": 6, "random": 4, "runs": 5, "by stage": 3, "by kind": 2, "greedy": 2, "pairs": 15, "swaps": 4,
+        "each": 6, "random": 4, "runs": 5, "by stage": 3, "by kind": 2, "greedy": 2, "pairs": 15, "swaps": 2,
         "paths": 4, "ensembles": 2,
     }  # fmt: skip
     names = {"each", "many", "order", "pairs", "parts", "paths", "random"}
@@ -56,6 +56,7 @@ def test_a_net_without_shortcuts_loses_its_layers_one_at_a_time(resect, tmp_path
         (["--by", "stages"], "Did you mean 'stage'"),
         (["--depth", "3"], "--depth is about --greedy"),
         (["--greedy", "--depth", "9"], "from 0 to 6, but is 9"),
+        (["--swaps", "2"], "After 2 swaps everything stands where it stood"),
         (["--paths", "9"], "the longest has 6 branches"),
         (["--metric", "perplexitty"], "Did you mean 'perplexity'"),
         (["--swaps", "one"], "must be whole numbers"),

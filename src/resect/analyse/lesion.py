@@ -26,8 +26,8 @@ from resect.blocks.measure import Evaluate, Progress
 from resect.blocks.metrics import Metric, metric_label, metric_named
 from resect.errors import BlocksError, InputError
 
-Order = tuple[int, int, list[str], list[int]]
-"""Number of swaps, draw, layers, and which layer then stands at each place."""
+Order = tuple[int, int, list[str], tuple[int, ...], bool]
+"""Number of swaps, draw, layers, which layer then stands at each place, and whether all such orders are measured."""
 
 
 def lesion_study(
@@ -73,6 +73,7 @@ def lesion_study(
     swaps: for each k of these, swap k random pairs of layers built alike, ``draws`` times (figure 5b of the paper).
     paths: for each length of these, ``draws`` random sub-networks of so many open branches, all others closed; and
         the ensembles of 2, 4, 8 … of them, whose output is the logarithm of the mean of their probabilities.
+    draws: of each random kind; no two alike, so fewer where fewer subsets, orders or sub-networks exist: then all.
     seed: of the draws; the same seed gives the same draws for the same names on any machine.
     forward: how to run one batch, ``(model, batch) -> output``, where the default does not fit.
     evaluate: ``evaluate(model, batch)`` that runs the model and gives one number per sample, instead of ``metric``.
@@ -111,23 +112,23 @@ def lesion_study(
     by_length = list(subnetworks(blocks, paths, draws, seed))
     orders = list(_orders(model, blocks, swaps, draws, seed)) if swaps else []
     check_repeatable(model, _first(data), evaluate or forward)
-    total = len(single) + greedy_cost(len(blocks), depth) + len(orders) + len(by_length) * draws
+    total = len(single) + greedy_cost(len(blocks), depth) + len(orders) + sum(len(drawn) for _, drawn in by_length)
     measuring = Measuring(model, blocks, data, metric, forward, evaluate, store, progress, total)
     lesions = [Lesion.of(subset, value) for subset, value in zip(single, measuring.closed(single), strict=True)]
     lesions += [Lesion.of(subset, value) for subset, value in greedy_deletion(blocks.names, depth, measuring.closed)]
     lesions += [_swapped(measuring, order) for order in orders]
     for length, drawn in by_length:
-        lesions += measure_teams(measuring, length, drawn, team_sizes(draws))
+        lesions += measure_teams(measuring, length, drawn, team_sizes(len(drawn)))
     name = metric_label(evaluate or metric)
     return LesionStudy(name, measuring.baseline(), tuple(lesions), blocks)
 
 
 def _swapped(measuring: Measuring, order: Order) -> Lesion:
-    k, draw, layers, places = order
+    k, draw, layers, places, every = order
     with reorder.reordered(measuring.model, layers, places):
         value = measuring.as_it_is()
     where = reorder.describe(layers, places)
-    return Lesion((), value, "swaps", k, where, draw, reorder.kendall_tau(places))
+    return Lesion((), value, "swaps", k, where, draw, reorder.kendall_tau(places), every=every)
 
 
 def _orders(model: nn.Module, blocks: Blocks, swaps: Sequence[int], draws: int, seed: int) -> Iterator[Order]:
@@ -136,8 +137,8 @@ def _orders(model: nn.Module, blocks: Blocks, swaps: Sequence[int], draws: int, 
     for k in swaps:
         if k < 0:
             raise InputError(f"Cannot swap {k} pairs of layers. Give numbers from 0 on.")
-        for draw in range(draws):
-            yield k, draw, layers, reorder.random_order(layers, groups, k, f"{seed}/swap/{k}/{draw}")
+        found, every = reorder.random_orders(layers, groups, k, draws, f"{seed}/swap/{k}")
+        yield from ((k, draw, layers, order, every) for draw, order in enumerate(found))
 
 
 def _first(data: Iterable[Any]) -> Any:

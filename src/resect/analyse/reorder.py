@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from resect.analyse.paths import times
+from resect.analyse.subsets import distinct
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError
 
@@ -28,17 +30,56 @@ def kendall_tau(order: Sequence[int]) -> float:
     return 1 - 4 * changed / (n * (n - 1))
 
 
-def random_order(layers: Sequence[str], groups: Sequence[Sequence[str]], swaps: int, seed: str) -> list[int]:
+def random_orders(
+    layers: Sequence[str], groups: Sequence[Sequence[str]], swaps: int, draws: int, seed: str
+) -> tuple[list[tuple[int, ...]], bool]:
+    """Draw ``draws`` different orders, none the original one unless ``swaps`` is 0; fewer where there are fewer.
+
+    Returns them, and whether they are all there are.
+    """
+    possible = number_of_orders([len(group) for group in groups], swaps)
+    if not possible:
+        raise InputError(
+            f"After {swaps} swaps everything stands where it stood: no more than two layers of a kind can change "
+            "places. Ask for fewer swaps."
+        )
+
+    def moved(chance: random.Random) -> tuple[int, ...]:
+        order = random_order(layers, groups, swaps, chance)
+        while swaps and order == sorted(order):  # the swaps undid each other
+            order = random_order(layers, groups, swaps, chance)
+        return tuple(order)
+
+    return distinct(moved, min(draws, possible), seed), possible <= draws
+
+
+def number_of_orders(sizes: Sequence[int], swaps: int) -> int:
+    """Return how many orders other than the original ``swaps`` swaps within groups of these sizes can give.
+
+    An order that needs d swaps, d = places − cycles, can be had by d, d + 2, … of them. The orders of m layers by d
+    are the coefficients of (1 + z)(1 + 2z)…(1 + (m − 1)z), the unsigned Stirling numbers of the first kind.
+    """
+    if not swaps:
+        return 1
+    by_need = [1]
+    for size in sizes:
+        for others in range(1, size):
+            by_need = times(by_need, [1, others])
+    return sum(number for need, number in enumerate(by_need) if 0 < need <= swaps and (swaps - need) % 2 == 0)
+
+
+def random_order(
+    layers: Sequence[str], groups: Sequence[Sequence[str]], swaps: int, chance: random.Random
+) -> list[int]:
     """Swap ``swaps`` random pairs of layers, one after the other, each pair within one group of compatible ones.
 
     Every pair that is compatible is equally likely. Returns which layer then stands at each place.
     """
-    draw = random.Random(seed)
     at = {name: place for place, name in enumerate(layers)}
     pairs = [(a, b) for group in groups for i, a in enumerate(group) for b in group[i + 1 :]]
     order = list(range(len(layers)))
     for _ in range(swaps):
-        one, other = (at[name] for name in draw.choice(pairs))
+        one, other = (at[name] for name in chance.choice(pairs))
         order[one], order[other] = order[other], order[one]
     return order
 

@@ -31,11 +31,15 @@ class Lesion:
     """Kendall's τ between the order of the layers and the original one."""
     members: int = 1
     """How many sub-networks are averaged."""
+    every: bool = False
+    """Whether all that there are of this study and k were measured, so that their mean is no estimate."""
 
     @classmethod
     def of(cls, subset: Subset, value: float) -> Lesion:
         """Return the measurement of a subset."""
-        return cls(subset.closed, value, subset.study, len(subset.closed), subset.label, subset.draw)
+        return cls(
+            subset.closed, value, subset.study, len(subset.closed), subset.label, subset.draw, every=subset.every
+        )
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,19 @@ class LesionStudy:
         return {lesion.closed[0]: lesion.value - self.baseline for lesion in self.each}
 
     def by_count(self, study: str = "random") -> list[dict[str, float]]:
-        """Return per k and members of a study: draws, mean, and a 95 % interval of the mean (Student's t)."""
+        """Return per k and members of a study: draws, mean, and a 95 % interval of the mean (Student's t).
+
+        Where ``every`` subset there is was measured the mean is known: ``low`` and ``high`` are the mean.
+        """
         rows = []
         found = self.of(study)
         for k, members in sorted({(lesion.k, lesion.members) for lesion in found}):
-            values = [lesion.value for lesion in found if (lesion.k, lesion.members) == (k, members)]
-            low, high = interval(values)
+            alike = [lesion for lesion in found if (lesion.k, lesion.members) == (k, members)]
+            values = [lesion.value for lesion in alike]
+            mean, every = statistics.fmean(values), all(lesion.every for lesion in alike)
+            low, high = (mean, mean) if every else interval(values)
             rows.append(
-                {"k": k, "members": members, "draws": len(values), "mean": statistics.fmean(values),
+                {"k": k, "members": members, "draws": len(values), "every": every, "mean": mean,
                  "low": low, "high": high}
             )  # fmt: skip
         return rows
@@ -126,7 +135,7 @@ def _each(study: LesionStudy) -> str:
 
 def _others(study: LesionStudy) -> Iterable[str]:
     for row in study.by_count():
-        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(study, row)}"
+        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(study, row, 'subset')}"
     for row in study.by_count("runs"):
         worst = max((x for x in study.of("runs") if x.k == row["k"]), key=lambda lesion: lesion.value)
         yield f"  {row['k']:g} in a row: {row['mean']:.4g} on average, worst {worst.value:.4g} from {worst.label}"
@@ -142,11 +151,12 @@ def _others(study: LesionStudy) -> Iterable[str]:
         yield from _pairs(pairs)
     for row in study.by_count("swaps"):
         tau = statistics.fmean(x.tau or 0 for x in study.of("swaps") if x.k == row["k"])
-        yield f"  {row['k']:g} swaps of layers (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(study, row)}"
+        swaps = f"{row['k']:g} swap{'s' * (row['k'] != 1)} of layers"
+        yield f"  {swaps} (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(study, row, 'order')}"
     for name, what in (("paths", "branches open"), ("ensembles", "branches open")):
         for row in study.by_count(name):
             team = f", {row['members']:g} sub-networks averaged" if name == "ensembles" else ", one sub-network"
-            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(study, row)}"
+            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(study, row, 'sub-network')}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
@@ -157,7 +167,9 @@ def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
     yield f"  beside {apart:.4g} for the sum; most for {most['one']} and {most['other']}: {most['interaction']:+.4g}"
 
 
-def _span(study: LesionStudy, row: dict[str, float]) -> str:
+def _span(study: LesionStudy, row: dict[str, float], what: str) -> str:
+    if row["every"]:
+        return f"(all {row['draws']:g} {what}s)" if row["draws"] > 1 else f"(the only {what})"
     if row["draws"] < 2:
         return "(1 draw)"
     low, high = row["low"], row["high"]

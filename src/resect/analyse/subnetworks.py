@@ -17,7 +17,7 @@ from torch import Tensor
 from resect.analyse.measuring import Measuring
 from resect.analyse.paths import PathChooser
 from resect.analyse.study import Lesion
-from resect.analyse.subsets import Subset
+from resect.analyse.subsets import Subset, distinct
 from resect.blocks.block import Blocks
 from resect.blocks.example import device_of, to_device
 from resect.blocks.metrics import Metric, logits_of, mean_of, metric_named
@@ -26,21 +26,24 @@ from resect.errors import InputError
 
 
 def subnetworks(blocks: Blocks, lengths: Sequence[int], draws: int, seed: int) -> Iterator[tuple[int, list[Subset]]]:
-    """Draw per length ``draws`` paths of that many branches; what is not on a path is closed.
+    """Draw per length ``draws`` paths of that many branches, no two alike; what is not on a path is closed.
 
-    The same path may be drawn twice: for lengths 0 and n there is only one.
+    Where there are no more than ``draws``, all of them, still in a random order: ensembles are dealt out in turn.
     """
     chooser = PathChooser(blocks)
     longest = len(chooser.counts) - 1
     for length in lengths:
         if not 0 <= length <= longest:
             raise InputError(f"There is no path of length {length}: the longest has {longest} branches.")
-        subsets = []
-        for draw in range(draws):
-            kept = chooser.draw(length, random.Random(f"{seed}/path/{length}/{draw}"))
-            closed = tuple(name for name in blocks.names if name not in kept)
-            subsets.append(Subset("paths", closed, f"{length} branches", draw))
-        yield length, subsets
+        possible = chooser.counts[length]
+
+        def closed(chance: random.Random, length: int = length) -> tuple[str, ...]:
+            kept = chooser.draw(length, chance)
+            return tuple(name for name in blocks.names if name not in kept)
+
+        found = distinct(closed, min(draws, possible), f"{seed}/path/{length}")
+        label = f"{length} branches"
+        yield length, [Subset("paths", one, label, draw, possible <= draws) for draw, one in enumerate(found)]
 
 
 def team_sizes(draws: int) -> list[int]:
@@ -72,7 +75,7 @@ def measure_teams(
                     if (place + 1) % size == 0:
                         found[place // size].add(metric(_like(output, summed[size] - math.log(size)), batch))
     for subset, one in zip(subsets, alone, strict=True):
-        yield Lesion(subset.closed, one.value(metric), "paths", length, draw=subset.draw)
+        yield Lesion(subset.closed, one.value(metric), "paths", length, draw=subset.draw, every=subset.every)
     for size, found in teams.items():
         for draw, team in enumerate(found):
             yield Lesion((), team.value(metric), "ensembles", length, draw=draw, members=size)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.choose import layer_of
 from resect.errors import InputError, unknown
+
+Drawn = TypeVar("Drawn")
 
 
 class Subset(NamedTuple):
@@ -21,23 +25,40 @@ class Subset(NamedTuple):
     """What the subset is: the name of a group, the first block of a run."""
     draw: int = 0
     """Which of the random draws of one kind, from 0."""
+    every: bool = False
+    """Whether all that there are of this kind and size are measured, so that their mean is no estimate."""
 
 
 def each(blocks: Blocks) -> Iterator[Subset]:
     """Every block alone."""
-    return (Subset("each", (block.name,), block.name) for block in blocks)
+    return (Subset("each", (block.name,), block.name, every=True) for block in blocks)
 
 
 def random_subsets(blocks: Blocks, counts: Sequence[int], draws: int, seed: int) -> Iterator[Subset]:
-    """Draw ``draws`` subsets of k blocks for each k."""
+    """Draw ``draws`` subsets of k blocks for each k, no two alike; all of them, in order, where there are no more."""
     for k in counts:
         if not 0 <= k <= len(blocks):
             raise InputError(
                 f"Cannot close {k} blocks at random: there are {len(blocks)}. Give counts from 0 to {len(blocks)}."
             )
-        for draw in range(draws):
-            chosen = set(random.Random(f"{seed}/{k}/{draw}").sample(blocks.names, k))
-            yield Subset("random", _in_order(blocks, chosen), draw=draw)
+        possible = math.comb(len(blocks), k)
+        if possible <= draws:
+            found = list(itertools.combinations(blocks.names, k))
+        else:
+            found = distinct(partial(_some, blocks, k), draws, f"{seed}/{k}")
+        yield from (Subset("random", one, draw=draw, every=possible <= draws) for draw, one in enumerate(found))
+
+
+def distinct(draw: Callable[[random.Random], Drawn], number: int, seed: str) -> list[Drawn]:
+    """Draw ``number`` different things, of which there must be so many: one seen before is drawn again."""
+    found: dict[Drawn, None] = {}
+    for place in range(number):
+        chance = random.Random(f"{seed}/{place}")
+        one = draw(chance)
+        while one in found:
+            one = draw(chance)
+        found[one] = None
+    return list(found)
 
 
 def runs(blocks: Blocks, lengths: Sequence[int]) -> Iterator[Subset]:
@@ -50,7 +71,7 @@ def runs(blocks: Blocks, lengths: Sequence[int]) -> Iterator[Subset]:
             )
         for start in range(len(blocks) - m + 1):
             names = tuple(blocks.names[start : start + m])
-            yield Subset("runs", names, names[0])
+            yield Subset("runs", names, names[0], every=True)
 
 
 GROUPS: dict[str, Callable[[ResidualBlock], str]] = {
@@ -76,13 +97,14 @@ def groups(blocks: Blocks, by: Iterable[str]) -> Iterator[Subset]:
         for block in blocks:
             members.setdefault(GROUPS[grouping](block), []).append(block.name)
         for label, names in members.items():
-            yield Subset(f"by {grouping}", tuple(names), label)
+            yield Subset(f"by {grouping}", tuple(names), label, every=True)
 
 
 def pairs(blocks: Blocks) -> Iterator[Subset]:
     """Every pair of blocks, n(n − 1)/2 of them."""
-    return (Subset("pairs", pair) for pair in itertools.combinations(blocks.names, 2))
+    return (Subset("pairs", pair, every=True) for pair in itertools.combinations(blocks.names, 2))
 
 
-def _in_order(blocks: Blocks, chosen: set[str]) -> tuple[str, ...]:
+def _some(blocks: Blocks, k: int, chance: random.Random) -> tuple[str, ...]:
+    chosen = set(chance.sample(blocks.names, k))
     return tuple(name for name in blocks.names if name in chosen)
