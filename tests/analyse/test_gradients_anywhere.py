@@ -215,6 +215,7 @@ BAD = {
     "a constant": (lambda o, t: t.sum() * 1.0, {}, "does not depend on the model"),
     "NaN": (lambda o, t: o.sum() * float("nan"), {}, "The loss is nan"),
     "neither": (lambda o, t: o.sum() ** 2, {}, "neither a sum nor a mean"),
+    "no mean": (lambda o, t: ((o**2).mean() + 1e-3).sqrt(), {}, "neither a sum nor a mean.*on the first one"),
     "infinite gradient": (lambda o, t: (o - o.detach()).abs().sqrt().sum(), {}, "length 0 is not finite"),
     "place": (summed, {"at": "layers.7"}, "Unknown residual block"),
     "samples": (summed, {"samples": -1}, "samples must be a whole number of at least 0"),
@@ -233,6 +234,23 @@ def test_bad_input_is_refused(what):
         resect.path_gradients(model, blocks, (X, Y), loss_fn, **{"samples": 2, **options})
     assert all(type(module).__name__ != "Intercepted" for module in model.modules())
     assert not any("_resect_port" in module.__dict__ for module in model.modules())
+
+
+class Dropping(Net):
+    """Drops in eval mode too."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.3)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_model_that_is_random_in_eval_mode_is_refused(samples):
+    model = Dropping((False, False)).double()
+    blocks = net()[1]
+    with pytest.raises(InputError, match="something random is on"):
+        resect.path_gradients(model, blocks, (X, Y), summed, samples=samples)
+    with pytest.raises(InputError, match="something random is on"):
+        resect.block_gradients(model, blocks, (X, Y), summed)
 
 
 @pytest.mark.core

@@ -99,13 +99,13 @@ def test_a_metric_that_is_no_number_per_sample_is_refused(setup):
         same = (model(batch[0]) - whole[: len(batch[0])]).abs().amax(1) < 1e-5
         return torch.where(same, 0.0, float("nan"))
 
-    with pytest.raises(InputError, match=r"NaN with 'layers.2/a' closed"):
+    with pytest.raises(InputError, match=r"NaN or infinite with 'layers.2/a' closed"):
         measure_closed(net, blocks, data[:1], [blocks.names[:1], blocks.names[3:]], evaluate=spoilt)
 
 
 def test_a_study_that_was_stopped_goes_on_where_it_was(setup, monkeypatch, tmp_path):
     net, blocks, data, subsets = setup
-    monkeypatch.setattr(measure, "CHUNK", 3)
+    monkeypatch.setattr(measure, "KEPT", 3)
     expected = list(measured(net, blocks, data, subsets, "cross_entropy"))
     file, runs = tmp_path / "study.jsonl", []
 
@@ -147,6 +147,20 @@ def test_a_store_of_another_study_is_refused_and_left_alone(setup, tmp_path):
         with pytest.raises(FileError, match="holds no measurements of a study"):
             list(measured(net, blocks, data, subsets, store=other))
         assert other.read_text() == text
+
+
+@pytest.mark.parametrize("metric", ["top1", "perplexity"])
+def test_scores_that_are_no_numbers_are_refused_whatever_the_metric(setup, metric):
+    net, blocks, data, subsets = setup
+    with torch.no_grad():
+        net.head.weight[1, 2] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinite on this data"):
+        list(measured(net, blocks, data, subsets, metric))
+    with torch.no_grad():
+        net.head.weight[1, 2] = 0.0
+    infinite = lambda output, batch: torch.full((len(output),), torch.inf)  # noqa: E731
+    with pytest.raises(InputError, match="NaN or infinite on this data"):
+        list(measured(net, blocks, data, subsets, infinite))
 
 
 def test_a_store_of_other_weights_is_refused_though_they_score_alike(setup, tmp_path):

@@ -113,8 +113,8 @@ def path_gradients(
     at: where the gradient is taken: ``"first"`` (what enters the first block), the name of a block (what enters that
         block; paths begin there) or ``"input"``: the first floating-point input of the model, or, where there is none,
         what the first ``nn.Embedding`` makes of the batch's tokens.
-    samples: single paths drawn per length for ``sum_of_norms``; 0 leaves it out. It needs a model that does not couple
-        samples; the exact part does not.
+    samples: single paths drawn per length for ``sum_of_norms``, dealt out evenly over the B samples of the batch; 0
+        leaves it out. It needs a model that does not couple samples; the exact part does not.
     max_length: the longest length to tell apart; all longer paths come as one. Time grows with it.
     seed: of those draws.
     chunk: samples handled at once: memory is that of a training step with so many, and one value more per branch.
@@ -145,8 +145,8 @@ def path_gradients(
         more = longest < len(paths) - 1
         if samples:
             check_samples(case, whole, paths)
-        draws = samples * sum(count > 0 for count in paths[: longest + 1])
-        total = (longest + 1) * -(-whole.size // chunk) + passes(whole, chunk, draws)
+        there = sum(count > 0 for count in paths[: longest + 1])
+        total = (longest + 1) * -(-whole.size // chunk) + passes(whole, chunk, there, samples)
         made = [0]
 
         def done() -> None:
@@ -168,6 +168,9 @@ def path_gradients(
     means = torch.tensor([sum(values) / max(1, len(values)) for values in drawn], dtype=torch.float64)
     spans = [interval(values) if values else (0.0, 0.0) for values in drawn]
     bounds = torch.tensor(spans, dtype=torch.float64).reshape(-1, 2)
+    for length in range(len(drawn)):
+        if paths[length] == 1:  # the sum is that of one path: known of every sample, nothing to estimate
+            means[length] = bounds[length] = norms[length].mean()
     return PathGradients(
         norm_of_sum=norms.mean(dim=1),
         sum_of_norms=scale * means,

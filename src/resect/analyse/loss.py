@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from resect.analyse.repeatable import check_repeatable
 from resect.blocks.example import Example, device_of, to_device
 from resect.errors import InputError
 
@@ -47,9 +48,7 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Return some of the samples: of every tensor that is as long as the batch, those rows."""
 
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[start:stop] if tensor.dim() and len(tensor) == self.size else tensor
-
+        cut = functools.partial(_rows, start, stop - start, self.size)
         return Batch(self._mapped(cut), tree_map_only(Tensor, cut, self.target), min(stop, self.size) - start)
 
     def parts(self, size: int) -> Iterator[Batch]:
@@ -95,8 +94,10 @@ def loss_of(output: Any, target: Any, loss_fn: LossFn | None) -> Tensor:
 def loss_kind(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Literal["sum", "mean"]:
     """Return whether the loss is a sum over samples or a mean: what it becomes with every sample a second time.
 
-    Raises ``InputError`` for a loss that is neither (one that compares samples with each other).
+    Raises ``InputError`` for a loss that is neither (one that compares samples with each other), and for a model that
+    gives another output each time.
     """
+    check_repeatable(model, batch, lambda net, called: called.example.run(net))
     if batch.size == 1:
         return "sum"
     with torch.no_grad():
@@ -108,14 +109,38 @@ def loss_kind(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Literal
         else:
             doubled = tree_map_only(Tensor, functools.partial(_twice, size=batch.size), output)
         twice = float(loss_of(doubled, again.target, loss_fn))
+        apart = []  # the first sample, and the others
+        for part, start in ((batch.part(0, 1), 0), (batch.part(1, batch.size), 1)):
+            if loss_fn is None:
+                of_part = part.example.run(model)
+            else:
+                of_part = tree_map_only(Tensor, functools.partial(_rows, start, part.size, batch.size), output)
+            apart.append(loss_of(of_part, part.target, loss_fn))
+    within = 1e-3 if apart[0].dtype in (torch.float32, torch.float64) else 1e-2
+    first, others = map(float, apart)
     if abs(twice - 2 * once) <= 0.01 * abs(once):
-        return "sum"
-    if abs(twice - once) <= 0.01 * abs(once):
-        return "mean"
+        kind, whole = "sum", first + others
+    elif abs(twice - once) <= 0.01 * abs(once):
+        kind, whole = "mean", (first + others * (batch.size - 1)) / batch.size
+    else:
+        kind, whole = "", 0.0
+    if kind and (abs(whole - once) <= within * abs(once) or _counts_tokens(batch)):
+        return kind  # type: ignore[return-value]
     raise InputError(
         f"The loss is neither a sum nor a mean over samples: {once:.6g} on the batch, {twice:.6g} with every sample "
-        "twice. Pass a loss_fn that adds up one loss per sample."
+        f"twice, {first:.6g} on the first one and {others:.6g} on the others. Pass a loss_fn that adds up one loss per "
+        "sample."
     )
+
+
+def _rows(start: int, number: int, size: int, tensor: Tensor) -> Tensor:
+    return tensor[start : start + number] if tensor.dim() and len(tensor) == size else tensor
+
+
+def _counts_tokens(batch: Batch) -> bool:
+    """Whether samples may count differently: a mean over tokens, of which each has its own number."""
+    target = batch.target.get("labels") if isinstance(batch.target, Mapping) else batch.target
+    return isinstance(target, Tensor) and target.dim() > 1 and not target.is_floating_point()
 
 
 def check_parts(batch: Batch, chunk: int) -> None:
@@ -123,9 +148,9 @@ def check_parts(batch: Batch, chunk: int) -> None:
 
     As everywhere in torch, tokens with the label -100 do not count.
     """
-    target = batch.target.get("labels") if isinstance(batch.target, Mapping) else batch.target
-    if chunk >= batch.size or not isinstance(target, Tensor) or target.dim() < 2 or target.is_floating_point():
+    if chunk >= batch.size or not _counts_tokens(batch):
         return
+    target = batch.target["labels"] if isinstance(batch.target, Mapping) else batch.target
     tokens = (target != -100).flatten(1).sum(dim=1)
     if (tokens != tokens[0]).any():
         raise InputError(

@@ -34,7 +34,7 @@ def check_repeatable(model: nn.Module, batch: Any, forward: Forward) -> None:
     place = f"in {names[where]!r} ({type(where).__name__})" if names.get(where) else "outside its modules"
     raise InputError(
         f"Two runs of one batch through this {type(model).__name__} differ, though it is in eval mode: something "
-        f"random is on, first {place}. What a lesion changes could not be told from it. A functional dropout needs "
+        f"random is on, first {place}. What is measured could not be told from it. A functional dropout needs "
         "training=self.training; other randomness a fixed generator."
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,30 +33,40 @@ def sample_path_gradients(
     """
     chooser, draw = PathChooser(case.chain), random.Random(seed)
     norms: list[list[float]] = [[] for _ in range(lengths)]
-    pending = [length for length in range(lengths) if chooser.counts[length] for _ in range(draws)]
-    draw.shuffle(pending)
+    queues = dealt([length for length in range(lengths) if chooser.counts[length]], draws, batch.size, draw)
     for start, part in zip(range(0, batch.size, chunk), batch.parts(chunk), strict=True):
-        # Each part gets as much of the draws as it is of the batch.
-        first, last = (len(pending) * place // batch.size for place in (start, start + part.size))
         routes = Routes()
         with running(case, part, routes.attach) as run:
-            for place in range(first, last, part.size):
-                wanted = pending[place : min(place + part.size, last)]
-                paths = [chooser.draw(length, draw) for length in wanted]
-                for length, norm in zip(wanted, routes.norms(run, case, paths, part.size), strict=True):
-                    norms[length].append(norm * (part.size if mean else 1))
+            for wanted in itertools.zip_longest(*queues[start : start + part.size]):
+                paths = [set() if length is None else chooser.draw(length, draw) for length in wanted]
+                for length, norm in zip(wanted, routes.norms(run, case, paths), strict=True):
+                    if length is not None:
+                        norms[length].append(norm * (part.size if mean else 1))
                 done()
     return norms
 
 
-def passes(batch: Batch, chunk: int, draws: int) -> int:
-    """Return how many backward passes this number of draws in all takes."""
-    total = 0
-    for start in range(0, batch.size, chunk):
-        size = min(chunk, batch.size - start)
-        first, last = (draws * place // batch.size for place in (start, start + size))
-        total += -(-(last - first) // size)
-    return total
+def dealt(lengths: Sequence[int], draws: int, samples: int, draw: random.Random) -> list[list[int]]:
+    """Return per sample the lengths of the paths to draw for it: each length meets all samples equally often.
+
+    Where the samples are more than the draws, or do not divide them, which ones it meets once more is drawn; none gets
+    more than one path more than another, so that few backward passes have samples to spare.
+    """
+    queues: list[list[int]] = [[] for _ in range(samples)]
+    for length in lengths:
+        for _ in range(draws // samples):
+            for queue in queues:
+                queue.append(length)
+    order = draw.sample(range(samples), samples)
+    left = [length for length in lengths for _ in range(draws % samples)]
+    for place, length in enumerate(left):  # a length's own are neighbours in the order, and so all different
+        queues[order[place % samples]].append(length)
+    return queues
+
+
+def passes(batch: Batch, chunk: int, lengths: int, draws: int) -> int:
+    """Return how many backward passes ``draws`` paths of each of ``lengths`` lengths take, or a few more."""
+    return -(-batch.size // chunk) * -(-lengths * draws // batch.size)
 
 
 class Routes:
@@ -69,13 +80,11 @@ class Routes:
         for gate in handle:
             gate.join_by(_Route(self, gate.block.name))
 
-    def norms(self, run: Run, case: Case, paths: list[set[str]], size: int) -> list[float]:
-        """Return the gradient norms of some paths, at most one per sample."""
-        idle = [paths[-1]] * (size - len(paths))
+    def norms(self, run: Run, case: Case, paths: list[set[str]]) -> list[float]:
+        """Return the gradient norms of the paths, one per sample."""
         for name in case.blocks.names:
-            chosen = [name in path for path in (*paths, *idle)]
-            self.on_path[name] = torch.tensor(chosen, device=run.loss.device)
-        return case.place.norms(run.full(), size)[: len(paths)].tolist()
+            self.on_path[name] = torch.tensor([name in path for path in paths], device=run.loss.device)
+        return case.place.norms(run.full(), len(paths)).tolist()
 
 
 @dataclass

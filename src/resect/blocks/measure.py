@@ -31,7 +31,10 @@ Evaluate = Callable[[nn.Module, Any], Tensor]
 Values = dict[tuple[str, ...], float]
 
 CHUNK = 256
-"""Subsets that one pass over the data serves: what an interruption loses, and what shares the beginnings of runs."""
+"""Subsets that one pass over the data serves, and that share the beginnings of runs."""
+
+KEPT = 16
+"""The same where what is finished goes to a store: an interruption loses no more than this."""
 
 
 def measured(
@@ -49,10 +52,10 @@ def measured(
 ) -> Iterator[tuple[tuple[str, ...], float]]:
     """Yield ``(subset, metric)`` as they are finished: first of the whole model, ``()``, then of each subset.
 
-    Subsets are drawn from their iterable when they are needed, ``CHUNK`` at a time, and every batch serves all of a
-    chunk. Several processes (``torch.distributed``) that are given the same share the subsets out among them, and
-    each yields everything, to the bit what one process would. Parts of a model sharded by FSDP2 are gathered by all:
-    there, every process measures everything.
+    Subsets are drawn from their iterable when they are needed, ``CHUNK`` at a time (``KEPT`` with a store), and every
+    batch serves all of a chunk. Several processes (``torch.distributed``) that are given the same share the subsets out
+    among them, and each yields everything, to the bit what one process would. Parts of a model sharded by FSDP2 are
+    gathered by all: there, every process measures everything.
 
     Parameters
     ----------
@@ -63,7 +66,7 @@ def measured(
     forward: how to run one batch, ``(model, batch) -> output``.
     progress: called as ``progress(done, total)``, in subsets.
     evaluate: ``evaluate(model, batch)`` runs the model and gives one number per sample.
-    store: a file for what is finished, chunk by chunk. What it holds of the same study is not measured again.
+    store: a file for what is finished, 16 subsets at a time. What it holds of the same study is not measured again.
     proof: carries from one call to the next what was found out about leaving out what networks share.
 
     Raises ``BlocksError`` for an empty selection; ``InputError`` for data without samples or that cannot be repeated,
@@ -79,10 +82,11 @@ def measured(
     known: Values = together(lambda: kept.read() if kept else {})[0]
     total, done, first = len(subsets) if isinstance(subsets, Sequence) else 0, 0, True
     proof = Proof() if proof is None else proof
-    for chunk, last in _chunks(subsets, blocks, CHUNK * ranks):
+    size = (CHUNK if store is None else KEPT) * ranks
+    for chunk, last in _chunks(subsets, blocks, size):
         if not last and iter(data) is data:
             raise InputError(
-                f"The data is an iterator that runs dry after one pass, and more than {CHUNK * ranks} subsets take "
+                f"The data is an iterator that runs dry after one pass, and more than {size} subsets take "
                 "several. Pass list(data), or the DataLoader itself."
             )
         todo = in_order(blocks, (subset for subset in dict.fromkeys(chunk) if subset and subset not in known))
@@ -154,8 +158,8 @@ def _one_pass(
                 values = _per_sample(measure(output, batch))
                 totals[subset] += float(values.double().sum())
                 counts[subset] += values.numel()
-                if math.isnan(totals[subset]):
-                    raise _not_a_number(subset)
+                if not math.isfinite(totals[subset]):
+                    raise _not_finite(subset)
             if tell and batches:
                 tell(number / batches)
     if not all(counts.values()):
@@ -179,13 +183,16 @@ def _per_sample(values: Any) -> Tensor:
     return values
 
 
-def _not_a_number(subset: Subset) -> InputError:
+def _not_finite(subset: Subset) -> InputError:
     if subset:
         return InputError(
-            f"The metric is NaN with {quoted(subset, 4)} closed, and a number with the whole model: without them its "
-            "outputs are not finite. Leave such subsets out, or compute in float32."
+            f"The metric is NaN or infinite with {quoted(subset, 4)} closed, and a number with the whole model. Leave "
+            "such subsets out, or compute in float32."
         )
-    return InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
+    return InputError(
+        "The metric is NaN or infinite on this data: look at the model's weights, at the inputs and targets, and at "
+        "what the metric divides by."
+    )
 
 
 def _tell(progress: Progress, done: int, chunk: int, total: int, share: float) -> None:

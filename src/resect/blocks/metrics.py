@@ -72,10 +72,15 @@ def _scored(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return logits[kept], target[kept]
 
 
+def _errors(wrong: Tensor, logits: Tensor) -> Tensor:
+    """Return 100 where wrong, NaN where a score is: of NaN scores one class is always the best, and nothing matters."""
+    return torch.where(logits.isnan().any(dim=-1), torch.nan, 100.0 * wrong.double())
+
+
 def top1_error(output: Any, batch: Any) -> Tensor:
     """Return 100 where the best class is wrong, 0 where it is right: its mean is the top-1 error in %."""
     logits, target = _scored(output, batch)
-    return 100.0 * (logits.argmax(dim=-1) != target).double()
+    return _errors(logits.argmax(dim=-1) != target, logits)
 
 
 def top5_error(output: Any, batch: Any) -> Tensor:
@@ -83,7 +88,7 @@ def top5_error(output: Any, batch: Any) -> Tensor:
     logits, target = _scored(output, batch)
     if logits.shape[-1] < 5:
         raise InputError(f"top5 needs at least 5 classes; this model has {logits.shape[-1]}. Use top1.")
-    return 100.0 * (logits.topk(5, dim=-1).indices != target.unsqueeze(-1)).all(dim=-1).double()
+    return _errors((logits.topk(5, dim=-1).indices != target.unsqueeze(-1)).all(dim=-1), logits)
 
 
 def cross_entropy(output: Any, batch: Any) -> Tensor:
@@ -127,7 +132,7 @@ def metric_label(metric: str | Metric) -> str:
 def mean_of(metric: Metric, total: float, count: int) -> float:
     """Return a metric's value on all data from the sum and the number of what it gave on each batch.
 
-    Raises ``InputError`` where nothing was given, and where it is NaN.
+    Raises ``InputError`` where nothing was given, and where it is not finite.
     """
     if not count:
         raise InputError(
@@ -135,8 +140,10 @@ def mean_of(metric: Metric, total: float, count: int) -> float:
             "iterator."
         )
     mean = total / count
-    if math.isnan(mean):
-        raise InputError("The metric is NaN on this data: the model's outputs or the targets hold NaN.")
+    if not math.isfinite(mean):
+        raise InputError(
+            "The metric is NaN or infinite on this data: look at the model's weights, the inputs and the targets."
+        )
     return finished(metric, mean)
 
 
