@@ -99,6 +99,44 @@ def test_gradients_keeps_the_two_quantities_apart() -> None:
     ]
 
 
+def title(chart) -> tuple[str, str]:
+    spec = chart.to_dict()["title"]
+    return spec["text"], " ".join(spec.get("subtitle", []))
+
+
+def test_block_gradients_says_largest_share_and_how_large() -> None:
+    rows = [{"index": i, "name": f"b{i}", "through": t, "past": 1.0, "full": 1.0} for i, t in enumerate((0.2, 0.46))]
+    assert title(FIGURES["block_gradients"](rows))[0] == "The largest share of the gradient comes through b1 (46 %)"
+
+
+def many(study: str, values: dict[int, list[float]], **more) -> list[dict]:
+    common = {"study": study, "metric": "top1", "baseline": 0.0} | more
+    return [common | {"k": k, "value": value} for k, found in values.items() for value in found]
+
+
+def test_lesion_many_names_counts_that_were_measured_and_series_that_are_there() -> None:
+    greedy, random = many("greedy", {1: [1.0], 5: [41.0], 6: [80.0]}), many("random", {2: [5.0, 9.0], 4: [60.0, 70.0]})
+    text, notes = title(FIGURES["lesion_many"](greedy + random))
+    assert text == "The top-1 error passes 40.0 % with 5 blocks closed best first, with 4 at random"
+    assert "Best first" in notes
+    assert "95 %" in notes
+    text, notes = title(FIGURES["lesion_many"](many("random", {1: [5.0, 9.0]}, every=True)))
+    assert text == "The top-1 error passes 3.5 % with 1 block closed at random"
+    assert notes == ""
+    chart = FIGURES["lesion_many"](many("runs", {2: [5.0, 9.0], 3: [20.0, 30.0]}))
+    assert title(chart) == ("The top-1 error passes 12.5 % with 3 blocks closed in a row", "")
+    assert "every run of k neighbours: mean" in json.dumps(chart.to_dict())
+    assert title(FIGURES["lesion_many"](many("greedy", {1: [0.0]})))[0].startswith("The top-1 error does not rise")
+
+
+def test_lesion_random_one_block() -> None:
+    rows = [{"k": k, "draw": d, "error": 0.1 * k + 0.01 * d, "every": k == 1} for k in (1, 2) for d in range(3)]
+    chart = FIGURES["lesion_random"](rows)
+    assert title(chart)[0] == "Mean error 11.0 % with 1 block deleted, 21.0 % with 2"
+    bands = [row for view in chart.to_dict()["layer"] for row in data(view) if "low" in row]
+    assert {row["k"]: row["low"] < row["high"] for row in bands} == {1: False, 2: True}
+
+
 def test_the_spread_of_draws_is_students() -> None:
     mean, low, high = spread([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5

@@ -25,7 +25,9 @@ def lesion_figures(rows: Iterable[Mapping[str, Any]], net: str = "this model") -
              "error": row["value"] / 100, "baseline": row["baseline"] / 100, "shortcut": row["shortcut"]}
             for row in each
         ]  # fmt: skip
-        figures["lesion_random"] = [{"k": r["k"], "draw": r["draw"], "error": r["value"] / 100} for r in random]
+        figures["lesion_random"] = [
+            {"k": r["k"], "draw": r["draw"], "error": r["value"] / 100, "every": r.get("every")} for r in random
+        ]
     figures["lesion_many"] = [*of.get("greedy", []), *random, *of.get("runs", [])]
     figures["lesion_order"] = [row | {"order": row["label"]} for row in of.get("swaps", [])]
     figures["lesion_pairs"] = _interactions(of.get("pairs", []), each)

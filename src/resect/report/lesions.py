@@ -113,7 +113,8 @@ def lesion_random(rows: list[dict[str, Any]]) -> Any:
     draws = [row for row in rows if row["error"] is not None]
     summary = []
     for k in sorted({row["k"] for row in draws}):
-        mean, low, high = spread([row["error"] for row in draws if row["k"] == k])
+        alike = [row for row in draws if row["k"] == k]
+        mean, low, high = spread([row["error"] for row in alike], all(row["every"] for row in alike))
         summary.append({"k": k, "error": mean, "low": max(0.0, low), "high": min(1.0, high)})
     top = min(1.0, max(row["error"] for row in draws) * 1.08 + 0.01)
     most = max(row["k"] for row in draws)
@@ -148,7 +149,7 @@ def lesion_random(rows: list[dict[str, Any]]) -> Any:
     first, end = summary[0], summary[-1]
     return theme.finish(
         alt.layer(dots, band, line, means.encode(y=y, tooltip=tips), width=WIDTH, height=270),
-        f"Mean error {theme.percent(first['error'])} with {first['k']} blocks deleted, "
+        f"Mean error {theme.percent(first['error'])} with {theme.plural(first['k'], 'block')} deleted, "
         f"{theme.percent(end['error'])} with {end['k']}",
         "Dots: single draws; line: their mean; band: 95 % interval of the mean.",
     )

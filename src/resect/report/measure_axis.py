@@ -52,7 +52,10 @@ def value_axis(metric: str, values: Sequence[float], column: str = "value:Q") ->
     return alt.Y(column, title=title_of(metric), scale=scale, axis=alt.Axis(tickCount=5))
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the draws and the 95 % interval of that mean (Student's t); nothing but the mean for a single draw."""
+def spread(values: Sequence[float], every: bool = False) -> tuple[float, float, float]:
+    """Mean of the draws and the 95 % interval of that mean (Student's t); nothing but the mean for a single draw.
+
+    Nor where ``every`` value that there is was measured: the mean is no estimate then.
+    """
     mean = sum(values) / len(values)
-    return (mean, mean, mean) if len(values) < 2 else (mean, *interval(values))
+    return (mean, mean, mean) if every or len(values) < 2 else (mean, *interval(values))

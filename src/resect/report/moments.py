@@ -94,6 +94,7 @@ def block_gradients(rows: list[dict[str, Any]]) -> Any:
     base = alt.Chart(theme.data(drawn)).encode(x=x, y=y, color=colour)
     one = alt.Chart(theme.data([{"y": 1.0}])).mark_rule(strokeDash=[5, 4], color=INK).encode(y="y:Q")
     most = max(rows, key=lambda row: row["through"])
+    share = f" ({100 * most['through'] / most['full']:.0f} %)" if most["full"] else ""
     return theme.finish(
         alt.layer(
             base.mark_line(strokeWidth=1, color=FAINT, opacity=0.5),
@@ -102,6 +103,6 @@ def block_gradients(rows: list[dict[str, Any]]) -> Any:
             width=WIDTH,
             height=240,
         ),
-        f"Most of the gradient comes through {most['name']}",
+        f"The largest share of the gradient comes through {most['name']}{share}",
         "Both parts add up to the whole as vectors: where they point apart, both may be longer than it (dashed).",
     )

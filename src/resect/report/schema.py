@@ -47,7 +47,12 @@ COLUMNS: dict[str, dict[str, str]] = {
         "shortcut": "text?",
         "chance": "fraction?",  # error of guessing: 0.9 for ten classes; no line without it
     },
-    "lesion_random": {"k": "int", "draw": "int", "error": "fraction"},
+    "lesion_random": {
+        "k": "int",
+        "draw": "int",
+        "error": "fraction",
+        "every": "flag?",  # all that there are of this k are here: their mean is no estimate
+    },
     "lesion_parts": {
         "index": "int",
         "name": "text",
@@ -61,6 +66,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "lesion_many": {
         "study": "text",  # greedy, random or runs
         "k": "int",
+        "every": "flag?",
         "metric": "text",
         "value": "number",
         "baseline": "number",
@@ -86,6 +92,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "lesion_paths": {
         "k": "int",  # open branches
         "members": "int",  # sub-networks averaged
+        "every": "flag?",
         "metric": "text",
         "value": "number",
         "baseline": "number",

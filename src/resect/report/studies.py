@@ -13,7 +13,9 @@ from resect.report.measure_axis import name_of, rise, said, spread, value_axis
 from resect.report.schema import clean_rows
 from resect.report.theme import BLUE, FAINT, SOFT, VERMILION, WIDTH
 
-WAYS = {"greedy": "best first", "random": "at random", "runs": "neighbours"}
+WAYS = {"greedy": "best first", "random": "at random", "runs": "every run of k neighbours: mean"}
+IN_TITLE = WAYS | {"runs": "in a row"}
+_ALL = ("greedy", "runs")
 
 
 def _whole(rows: list[dict[str, Any]], y: alt.Y, left: bool = False) -> Any:
@@ -33,7 +35,9 @@ def _means(rows: list[dict[str, Any]], by: Iterable[str]) -> list[dict[str, Any]
         groups.setdefault(tuple(row[column] for column in columns), []).append(row)
     found = []
     for key, members in groups.items():
-        mean, low, high = spread([row["value"] for row in members])
+        mean, low, high = spread(
+            [row["value"] for row in members], all(row.get("every") or row.get("study") in _ALL for row in members)
+        )
         floor, top = min(row["value"] for row in members), max(row["value"] for row in members)
         # An interval of two draws may reach beyond anything measured; the picture need not.
         span = {"low": max(low, floor - (top - floor)), "high": min(high, top + (top - floor))}
@@ -111,8 +115,9 @@ def lesion_many(rows: list[dict[str, Any]]) -> Any:
     means = sorted([*starts, *means], key=lambda row: row["k"])
     reach = [row[end] for row in means for end in ("low", "high")]
     y = value_axis(metric, reach)
-    x = alt.X("k:Q", title="blocks closed (number)", axis=alt.Axis(tickMinStep=1))
-    colour = alt.Color("way:N", scale=theme.palette(ways), sort=None)
+    x = alt.X("k:Q", title="blocks closed (number)", axis=alt.Axis(tickMinStep=1, format="d"))
+    legend = alt.Legend(labelLimit=300, symbolOpacity=1)
+    colour = alt.Color("way:N", scale=theme.palette(ways), sort=None, legend=legend)
     base = alt.Chart(theme.data(means)).encode(x=x, color=colour)
     band = base.mark_area(opacity=0.16).encode(y=value_axis(metric, reach, "low:Q"), y2="high:Q")
     line = base.mark_line(strokeWidth=2).encode(y=y)
@@ -120,19 +125,31 @@ def lesion_many(rows: list[dict[str, Any]]) -> Any:
     points = base.mark_point(filled=True, size=34, opacity=1).encode(y=y, tooltip=tips)
     top = max(row["value"] for row in means)
     limit = rows[0]["baseline"] + (top - rows[0]["baseline"]) / 2
-    half = (_before([row for row in means if row["way"] == way], limit) + f" {way}" for way in ways)
+    studies = theme.in_order(row["study"] for row in rows)
+    curves = {study: [row for row in means if row["way"] == WAYS.get(study, study)] for study in studies}
+    notes = ["Best first: always the block missed least."] if "greedy" in studies else []
+    if any(row["high"] > row["low"] for row in means):
+        notes.append("Band: 95 % interval of the mean of the draws.")
     return theme.finish(
         alt.layer(_whole(rows, y), band, line, points, width=WIDTH, height=270),
-        f"Blocks closed before half of the rise: {', '.join(half)}",
-        "Best first: always the block missed least. Line: mean of the draws; band: its 95 % interval.",
+        _passing(metric, limit, curves),
+        " ".join(notes),
     )
 
 
-def _before(curve: list[dict[str, Any]], limit: float) -> str:
-    """The most blocks closed before a curve passes the limit: ``4``, or ``over 4`` where it never does."""
-    beyond = [row["k"] for row in curve if row["value"] > limit]
-    within = [row["k"] for row in curve if not beyond or row["k"] < beyond[0]]
-    return f"{max(within, default=0):g}" if beyond else f"over {within[-1]:g}"
+def _passing(metric: str, limit: float, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """With how many blocks closed, of the numbers that were measured, each curve first is above the limit."""
+    found: list[str] = []
+    for study, curve in curves.items():
+        first = next((row["k"] for row in curve if row["value"] > limit), None)
+        way = IN_TITLE.get(study, study)
+        if first is not None:
+            found.append(f"with {first:g} {way}" if found else f"with {theme.plural(first, 'block')} closed {way}")
+    if not found:
+        return (
+            f"The {name_of(metric)} does not rise with up to {max(r['k'] for c in curves.values() for r in c):g} closed"
+        )
+    return f"The {name_of(metric)} passes {said(metric, limit)} {', '.join(found)}"
 
 
 def lesion_order(rows: list[dict[str, Any]]) -> Any:
