@@ -47,12 +47,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "shortcut": "text?",
         "chance": "fraction?",  # error of guessing: 0.9 for ten classes; no line without it
     },
-    "lesion_random": {
-        "k": "int",
-        "draw": "int",
-        "error": "fraction",
-        "every": "flag?",  # all that there are of this k are here: their mean is no estimate
-    },
+    # every: all that there are of this k are here, so that their mean is no estimate
+    "lesion_random": {"k": "int", "draw": "int", "error": "fraction", "every": "flag?"},
     "lesion_parts": {
         "index": "int",
         "name": "text",
