@@ -130,6 +130,24 @@ def test_no_subset_is_measured_twice_and_where_all_are_there_is_no_interval(setu
         assert said in text
 
 
+def test_one_number_or_one_grouping_alone_is_taken_and_unknown_studies_are_told(setup):
+    alone = study(setup, random_counts=2, runs=2, groups="layer", swaps=1, paths=3, draws=2)
+    assert alone == study(setup, random_counts=[2, 2], runs=[2], groups=["layer"], swaps=[1], paths=[3], draws=2)
+    assert alone.of("greedy") == ()
+    with pytest.raises(InputError, match=r"Unknown study 'gready'\. Did you mean 'greedy'"):
+        alone.of("gready")
+
+
+def test_the_text_says_units_and_what_is_a_change(setup):
+    lines = str(study(setup, metric="top1", each=True, random_counts=[1])).splitlines()
+    assert lines[0].startswith("top1 of the whole model: ")
+    assert lines[0].endswith(" %")
+    assert lines[1] == "change with one block closed (points of %):"
+    assert lines[-2] == "top1 itself (not its change):"
+    assert lines[-1].endswith(" %  (all 5 subsets)")
+    assert "%" not in str(study(setup, each=True)).splitlines()[1]
+
+
 def test_draws_that_do_not_collide_are_those_of_the_first_release(setup):
     import random
 
@@ -260,6 +278,9 @@ def test_dropout_modules_and_train_mode_do_not_disturb(setup):
     [
         ({"runs": [6]}, "There is no run of 6 neighbouring blocks: there are 5"),
         ({"runs": [0]}, "no run of 0"),
+        ({"random_counts": [1.5]}, r"random_counts must be whole numbers, as \[1, 2, 4\], but holds 1.5"),
+        ({"paths": "3"}, "paths must be whole numbers, .* holds '3'"),
+        ({"swaps": True}, "swaps must be whole numbers, .* holds True"),
         ({"groups": ["stages"]}, r"Unknown grouping of blocks 'stages'\. Did you mean 'stage'"),
         ({"greedy": 6}, "from 0 to 5, but is 6"),
         ({"paths": [5]}, "no path of length 5: the longest has 4"),

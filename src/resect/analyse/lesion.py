@@ -37,13 +37,13 @@ def lesion_study(
     *,
     metric: str | Metric = "top1",
     each: bool = True,
-    random_counts: Sequence[int] = (),
-    runs: Sequence[int] = (),
-    groups: Sequence[str] = (),
+    random_counts: int | Sequence[int] = (),
+    runs: int | Sequence[int] = (),
+    groups: str | Sequence[str] = (),
     greedy: bool | int = False,
     pairs: bool = False,
-    swaps: Sequence[int] = (),
-    paths: Sequence[int] = (),
+    swaps: int | Sequence[int] = (),
+    paths: int | Sequence[int] = (),
     draws: int = 10,
     seed: int = 0,
     forward: Forward = forward_batch,
@@ -62,7 +62,8 @@ def lesion_study(
         ``f(output, batch)`` that returns one number per sample, (B,). Lower is better. Of a language model, logits
         (B, T, V) with labels (B, T), every token counts; labels are shifted as transformers does, −100 is left out.
     each: close each block alone.
-    random_counts: for each k of these, close k blocks drawn at random, ``draws`` times.
+    random_counts: for each k of these (here and below also one number alone), close k blocks drawn at
+        random, ``draws`` times.
     runs: for each m of these, close every run of m neighbouring blocks.
     groups: any of ``"stage"``, ``"part"`` (attention, mlp, conv), ``"layer"``, ``"kind"`` (downsampling or not):
         close every such group as a whole. A downsampling block's shortcut stays.
@@ -96,6 +97,10 @@ def lesion_study(
         raise InputError(f"draws must be at least 1, but is {draws}.")
     if pairs and len(blocks) < 2:
         raise InputError("Pairs need at least two blocks, and there is one.")
+    random_counts, runs, swaps, paths = (
+        subsets.whole_numbers(name, given)
+        for name, given in {"random_counts": random_counts, "runs": runs, "swaps": swaps, "paths": paths}.items()
+    )
     depth = len(blocks) if greedy is True else int(greedy)
     if not 0 <= depth <= len(blocks):
         raise InputError(f"greedy must be a number of blocks from 0 to {len(blocks)}, but is {greedy}.")

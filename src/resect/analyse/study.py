@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from resect.analyse.interval import interval
-from resect.analyse.subsets import Subset, downsamples
+from resect.analyse.subsets import GROUPS, Subset, downsamples
 from resect.blocks.block import Blocks
+from resect.errors import unknown
+
+_BY = tuple(f"by {grouping}" for grouping in GROUPS)
+STUDIES = ("each", "random", "runs", *_BY, "greedy", "pairs", "swaps", "paths", "ensembles")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class LesionStudy:
     blocks: Blocks = field(default_factory=lambda: Blocks(()), compare=False, repr=False)
 
     def of(self, study: str) -> tuple[Lesion, ...]:
-        """Return the measurements of one study: ``study.of("greedy")``."""
+        """Return the measurements of one study: ``study.of("greedy")``; none if it was not asked for."""
+        if study not in STUDIES:
+            raise unknown("study", study, STUDIES)
         return tuple(lesion for lesion in self.lesions if lesion.study == study)
 
     @property
@@ -122,41 +128,52 @@ class LesionStudy:
         return rows
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.metric} of the whole model: {self.baseline:.4g}" + _each(self), *_others(self)])
+        lines = [f"{self.metric} of the whole model: {_said(self, self.baseline)}", *_each(self)]
+        others = list(_others(self))
+        return "\n".join([*lines, f"{self.metric} itself (not its change):", *others] if others else lines)
 
 
-def _each(study: LesionStudy) -> str:
+def _percent(study: LesionStudy) -> bool:
+    return study.metric in ("top1", "top5")
+
+
+def _said(study: LesionStudy, value: float) -> str:
+    return f"{value:.4g}" + " %" * _percent(study)
+
+
+def _each(study: LesionStudy) -> list[str]:
     if not study.each:
-        return ""
+        return []
     down = {block.name for block in study.blocks if downsamples(block)}
     lines = (f"  {n:<32} {c:+.4g}{'  (downsampling)' if n in down else ''}" for n, c in study.scores.items())
-    return "; with one block closed:\n" + "\n".join(lines)
+    return [f"change with one block closed{' (points of %)' * _percent(study)}:", *lines]
 
 
 def _others(study: LesionStudy) -> Iterable[str]:
     for row in study.by_count():
-        yield f"  {row['k']:g} at random: {row['mean']:.4g}  {_span(study, row, 'subset')}"
+        yield f"  {row['k']:g} at random: {_said(study, row['mean'])}  {_span(study, row, 'subset')}"
     for row in study.by_count("runs"):
         worst = max((x for x in study.of("runs") if x.k == row["k"]), key=lambda lesion: lesion.value)
-        yield f"  {row['k']:g} in a row: {row['mean']:.4g} on average, worst {worst.value:.4g} from {worst.label}"
+        most = _said(study, worst.value)
+        yield f"  {row['k']:g} in a row: {_said(study, row['mean'])} on average, worst {most} from {worst.label}"
     for lesion in study.lesions:
         if lesion.study.startswith("by "):
-            yield f"  {lesion.label}, {lesion.k} closed together: {lesion.value:.4g}"
+            yield f"  {lesion.label}, {lesion.k} closed together: {_said(study, lesion.value)}"
     steps = study.of("greedy")
     if steps:
         yield "always closing the block that is missed least:"
-        yield from (f"  {x.k:>3} closed, the last {x.label:<32} {x.value:.4g}" for x in steps)
+        yield from (f"  {x.k:>3} closed, the last {x.label:<32} {_said(study, x.value)}" for x in steps)
     pairs = study.interactions()
     if pairs:
         yield from _pairs(pairs)
     for row in study.by_count("swaps"):
         tau = statistics.fmean(x.tau or 0 for x in study.of("swaps") if x.k == row["k"])
         swaps = f"{row['k']:g} swap{'s' * (row['k'] != 1)} of layers"
-        yield f"  {swaps} (mean Kendall τ {tau:.3f}): {row['mean']:.4g}  {_span(study, row, 'order')}"
+        yield f"  {swaps} (mean Kendall τ {tau:.3f}): {_said(study, row['mean'])}  {_span(study, row, 'order')}"
     for name, what in (("paths", "branches open"), ("ensembles", "branches open")):
         for row in study.by_count(name):
             team = f", {row['members']:g} sub-networks averaged" if name == "ensembles" else ", one sub-network"
-            yield f"  {row['k']:g} {what}{team}: {row['mean']:.4g}  {_span(study, row, 'sub-network')}"
+            yield f"  {row['k']:g} {what}{team}: {_said(study, row['mean'])}  {_span(study, row, 'sub-network')}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
@@ -173,6 +190,6 @@ def _span(study: LesionStudy, row: dict[str, float], what: str) -> str:
     if row["draws"] < 2:
         return "(1 draw)"
     low, high = row["low"], row["high"]
-    if study.metric in ("top1", "top5"):  # of two or three draws, the interval may reach beyond what an error can be
+    if _percent(study):  # of two or three draws, the interval may reach beyond what an error can be
         low, high = max(low, 0.0), min(high, 100.0)
     return f"(95 % of the mean: {low:.4g} … {high:.4g}, {row['draws']:g} draws)"

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.choose import layer_of
@@ -74,6 +74,15 @@ def runs(blocks: Blocks, lengths: Sequence[int]) -> Iterator[Subset]:
             yield Subset("runs", names, names[0], every=True)
 
 
+def whole_numbers(name: str, given: Any) -> list[int]:
+    """Return the different whole numbers given: several, or one alone."""
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    for one in several:
+        if isinstance(one, bool) or not hasattr(one, "__index__"):
+            raise InputError(f"{name} must be whole numbers, as [1, 2, 4], but holds {one!r}.")
+    return list(dict.fromkeys(int(one) for one in several))
+
+
 GROUPS: dict[str, Callable[[ResidualBlock], str]] = {
     "stage": lambda block: f"stage {block.stage}",
     "part": lambda block: block.part,
@@ -88,9 +97,9 @@ def downsamples(block: ResidualBlock) -> bool:
     return block.shortcut != "identity"
 
 
-def groups(blocks: Blocks, by: Iterable[str]) -> Iterator[Subset]:
+def groups(blocks: Blocks, by: str | Iterable[str]) -> Iterator[Subset]:
     """For each of "stage", "part", "layer", "kind": every group of blocks closed as a whole."""
-    for grouping in by:
+    for grouping in [by] if isinstance(by, str) else by:
         if grouping not in GROUPS:
             raise unknown("grouping of blocks", grouping, GROUPS)
         members: dict[str, list[str]] = {}

@@ -19,10 +19,13 @@ _DEPTH = typer.Option("--depth", min=1, help="stop --greedy after so many")
 _PAIRS = typer.Option("--pairs", help="close every pair: do blocks depend on each other?")
 _SWAPS = typer.Option("--swaps", help="numbers of random swaps of layers built alike: 1,2,4,8")
 _PATHS = typer.Option("--paths", help="random sub-networks of so many open branches, and ensembles of them: 4,8,16")
-_DRAWS = typer.Option("--draws", min=1, help="random draws of each kind")
+_DRAWS = typer.Option("--draws", min=1, help="random draws of each kind; default: 10")
 _METRIC = typer.Option(help="top1, top5 (errors in %), cross_entropy or perplexity; default: top1, for text perplexity")
 _STORE = typer.Option("--store", help="keep what is finished here; given again, an interrupted study goes on")
 _LAYERS = typer.Option("--layers", help="a net without shortcuts: delete each layer that keeps its input's shape")
+
+_OPTIONS = {"random_counts": "--random", "runs": "--runs", "groups": "--by", "greedy": "--greedy", "pairs": "--pairs",
+            "swaps": "--swaps", "paths": "--paths"}  # fmt: skip
 
 
 @app.command()
@@ -41,7 +44,7 @@ def lesion(
     swaps: Annotated[str, _SWAPS] = "",
     paths: Annotated[str, _PATHS] = "",
     layers: Annotated[bool, _LAYERS] = False,
-    draws: Annotated[int, _DRAWS] = 10,
+    draws: Annotated[int | None, _DRAWS] = None,
     metric: Annotated[str | None, _METRIC] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use this many test samples")] = None,
     seed: Annotated[int, typer.Option(help="of the random draws")] = 0,
@@ -75,12 +78,20 @@ def lesion(
         "swaps": whole_numbers(swaps),
         "paths": whole_numbers(paths),
     }
+    if draws is not None and not (counts or swaps or paths):
+        raise InputError("--draws is about --random, --swaps and --paths, none of which is given.")
+    others = [option for key, option in _OPTIONS.items() if wanted[key]]
+    if layers and (others or not each):
+        raise InputError(f"--layers deletes each layer and nothing else: leave out {', '.join(others) or '--no-each'}.")
+    if not (layers or each or others):
+        raise InputError(f"--no-each leaves nothing to measure. Ask for another study: {', '.join(_OPTIONS.values())}.")
     text = data is not None and data.startswith(TEXT)
     metric = metric or ("perplexity" if text else "top1")
     if layers:
         name, rows = _without_shortcuts(model, option, data, data_option, limit, metric)
     else:
         # A batch of a language model's outputs is large: every token has a number for every word.
+        draws = draws or 10
         opened, blocks, batches = with_blocks(model, option, data, data_option, limit, 8 if text else 128)
         study = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
         name, rows = opened.name, study.rows()
