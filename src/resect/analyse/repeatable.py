@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from resect.blocks.example import Forward, device_of, to_device
+from resect.blocks.example import Forward, device_of, first_samples, to_device
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.errors import InputError
 
 TOLERANCE = 1e-3
 """Relative difference of two outputs that is still rounding: sums on a GPU may change their order."""
+
+_FEW = 16  # samples on which that is tried
 
 
 def check_repeatable(model: nn.Module, batch: Any, forward: Forward) -> None:
@@ -26,6 +29,10 @@ def check_repeatable(model: nn.Module, batch: Any, forward: Forward) -> None:
         def values() -> list[Tensor]:
             return _tensors(forward(model, batch))
 
+        with suppress(Exception):  # few samples will not do: an error of the model's own comes again
+            few = first_samples(batch, _FEW)
+            forward(model, few)
+            batch = few
         if not _differ(values(), values()):
             return
         first, second = _by_module(model, values), _by_module(model, values)

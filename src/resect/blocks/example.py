@@ -142,3 +142,13 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
     return model(batch)
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Return the first samples of a batch, along the first dimension of all its tensors that share one."""
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not sizes:
+        return batch
+    return tree_map_only(
+        Tensor, lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == sizes[0] else tensor, batch
+    )

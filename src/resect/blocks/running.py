@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from resect.blocks.block import Blocks
-from resect.blocks.example import Forward, forward_batch
+from resect.blocks.example import Forward, first_samples, forward_batch
 from resect.blocks.gate import Gates, gates
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.replay import Replay
@@ -111,7 +110,7 @@ class Run:
         if not why:
             with kept_buffers(self.model), torch.random.fork_rng():
                 try:
-                    why = self._why_wrong(_few(batch), chosen)
+                    why = self._why_wrong(first_samples(batch, _TRIED), chosen)
                 except Exception:  # few samples will not do: an error of the model's own comes again
                     why = self._why_wrong(batch, chosen)
         self.proof.kinds |= kinds
@@ -148,16 +147,6 @@ class Run:
             f"Every altered network is run in full, from the input on: {why}. The results are the same, later.",
             stacklevel=2,
         )
-
-
-def _few(batch: Any) -> Any:
-    """Return the first samples of a batch, along the first dimension of all its tensors that share one."""
-    sizes = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim]
-    if not sizes:
-        return batch
-    return tree_map_only(
-        Tensor, lambda tensor: tensor[:_TRIED] if tensor.ndim and len(tensor) == sizes[0] else tensor, batch
-    )
 
 
 def _identical(one: Any, other: Any) -> bool:
