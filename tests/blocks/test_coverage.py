@@ -25,7 +25,7 @@ KNOWN = {
     "stack([x, f(x)]).sum(0)": "a sum over a stack is not seen as an addition",
     "U-Net": "its innermost level, alone, looks like a residual block",
 }
-EACH = {"handwritten": 3, "torch": 1, "torchvision": 1, "timm": 2, "transformers": 1}
+EACH = {"handwritten": 3, "torch": 1, "torchvision": 1, "timm": 1, "transformers": 1}
 
 
 def sample() -> list[Family]:
@@ -38,6 +38,7 @@ def sample() -> list[Family]:
     return [family for source in SOURCES if is_installed(source) for family in chosen[source]]
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")  # timm keeps the old names
 @pytest.mark.parametrize("family", sample(), ids=lambda family: f"{family.source}-{family.name}")
 def test_a_random_family_passes_every_check(family: Family) -> None:
     if family.name in KNOWN:

@@ -99,7 +99,7 @@ def compiled(name):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.15", reason="resect.compile needs torch 2.15")
-@pytest.mark.parametrize("name", ["StochasticDepth", "EpsilonGate", "EpsilonGate, stream", "ResidualDroppath"])
+@pytest.mark.parametrize("name", ["EpsilonGate, stream", "ResidualDroppath"])  # each takes 15 s and more
 def test_compiled_block_by_block(name, two):
     small.check_same(two(compiled, name), small.alone(name))
 
