@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from resect.blocks import cost as blocks_cost
 from resect.blocks.example import Example
 from resect.errors import InputError
 from resect.report import cost
@@ -18,7 +19,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.ran = 0.0, ""
-        monkeypatch.setattr(cost, "clock", lambda: self.now)
+        monkeypatch.setattr(blocks_cost, "clock", lambda: self.now)
 
     def variant(self, name: str, seconds: float):
         def run() -> None:

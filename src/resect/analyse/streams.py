@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.channels import channel_axis
 from resect.blocks.gate import Gates
 from resect.blocks.recompute import is_recomputing
 from resect.errors import InputError, quoted
@@ -198,21 +199,6 @@ def some(value: Tensor, count: int, dim: int) -> Tensor:
     if length <= count:
         return value
     return value.index_select(dim, torch.linspace(0, length - 1, count, device=value.device).round().long())
-
-
-def channel_axis(stream: Tensor, owner: nn.Module) -> int:
-    """Return the axis of a stream that holds its channels: 1 (images as convolutions see them) or −1 (tokens).
-
-    It is the one whose length the weights of the block's owner share; where that does not tell, 1 if the owner holds a
-    convolution.
-    """
-    if stream.ndim == 2:
-        return 1
-    sizes = [size for parameter in owner.parameters() for size in parameter.shape]
-    first, last = sizes.count(stream.shape[1]), sizes.count(stream.shape[-1])
-    if first != last:
-        return 1 if first > last else -1
-    return 1 if any(isinstance(module, nn.modules.conv._ConvNd) for module in owner.modules()) else -1
 
 
 def unwatched(block: ResidualBlock, samples: int | None) -> str | None:

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
+from resect.blocks.cost import count_flops, interleaved, resized, samples_in
 from resect.blocks.example import Example
 from resect.blocks.modes import kept_modes
 from resect.errors import InputError
 
-clock = time.perf_counter  # seconds; a name of its own, so that tests can put a clock of theirs here
+__all__ = ["count_flops", "count_parameters", "latency"]
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters (not bytes); one that is shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_flops(model: nn.Module, example: Any) -> int:
-    """FLOPs of one forward pass on ``example``, in eval mode and without gradients.
-
-    As torch's counter counts: matrix products, convolutions and attention, a multiply-add being 2 FLOPs;
-    normalisation, activations and additions are not counted.
-    """
-    with kept_modes(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Example.of(example).run(model.eval())
-    return int(counter.get_total_flops())
 
 
 def latency(
@@ -65,7 +52,7 @@ def latency(
         for batch in [None] if batches is None else batches:
             calls = {name: _bind(variant, batch) for name, variant in variants.items()}
             sizes = {name: _batch(variant, batch) for name, variant in variants.items()}
-            for name, times in _interleave(calls, rounds, warmup, at_least_ms / 1e3).items():
+            for name, times in interleaved(calls, rounds, warmup, at_least_ms / 1e3).items():
                 low, median, high = (1e3 * value for value in statistics.quantiles(times, n=4, method="inclusive"))
                 rows.append(
                     {
@@ -83,7 +70,7 @@ def _batch(variant: Any, batch: int | None) -> int | None:
     """The batch size a variant runs at: as asked, or the first dimension of its first tensor."""
     if batch is not None or not isinstance(variant, tuple):
         return batch
-    return next((tensor.shape[0] for tensor in Example.of(variant[1]).tensors() if tensor.dim()), None)
+    return samples_in(Example.of(variant[1]))
 
 
 def _bind(variant: Any, batch: int | None) -> Callable[[], Any]:
@@ -91,50 +78,5 @@ def _bind(variant: Any, batch: int | None) -> Callable[[], Any]:
     if not isinstance(variant, tuple):
         return variant
     model, example = variant
-    args, kwargs = Example.of(example).args, dict(Example.of(example).kwargs)
-    size = _batch(variant, None)
-    if batch is not None and size is not None:
-
-        def resize(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor) or not leaf.dim() or leaf.shape[0] != size:
-                return leaf
-            return leaf[torch.arange(batch, device=leaf.device) % size]
-
-        args, kwargs = tree_map(resize, (args, kwargs))
-    return lambda: model(*args, **kwargs)
-
-
-def _interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, at_least: float
-) -> dict[str, list[float]]:
-    """Seconds per call, ``rounds`` of them for each variant, taken in turns."""
-    for _ in range(warmup):
-        for run in calls.values():
-            run()
-    repeats = dict.fromkeys(calls, 1)
-    for name, run in calls.items():
-        # From one timed call to the number that fills the time, with a look at whether it really does.
-        while (spent := _seconds(run, repeats[name])) < at_least and repeats[name] < 2**20:
-            wanted = 1.2 * at_least * repeats[name] / spent if spent > 0 else 0.0
-            repeats[name] = min(2**20, max(2 * repeats[name], round(wanted)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, run in calls.items():
-            times[name].append(_seconds(run, repeats[name]) / repeats[name])
-    return times
-
-
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds for ``repeats`` calls, the work of an accelerator included."""
-    _synchronize()
-    start = clock()
-    for _ in range(repeats):
-        run()
-    _synchronize()
-    return clock() - start
-
-
-def _synchronize() -> None:
-    """Wait for the accelerator, if there is one: it works on after a call has returned."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    example = Example.of(example) if batch is None else resized(Example.of(example), batch)
+    return lambda: model(*example.args, **example.kwargs)
