@@ -40,6 +40,7 @@ _STORY = {
     "shrink.remove": ["remove"],
     "shrink.replace": ["replace"],
     "shrink.files": ["load", "save"],
+    "report.draw": ["draw"],
     "integrations.export": ["Exported", "export"],
 }
 _ROOMS = ("errors", "files", "blocks", "train", "analyse", "shrink", "integrations")

@@ -217,6 +217,8 @@ def test_at_the_input_and_at_a_block():
     assert at_last.paths == (1, 1)
     assert (at_last.norm_of_sum > 0).all()
     assert at_last.coherence.tolist() == pytest.approx([1, 1], rel=0.3)
+    with pytest.raises(InputError, match="at= also takes 'first' and 'input'"):
+        resect.path_gradients(net, blocks, (x, y), summed, at="frist")
     assert resect.block_gradients(net, blocks, (x, y), summed, at="layers.1").names == (
         "layers.1/a",
         "layers.2/a",

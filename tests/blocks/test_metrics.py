@@ -71,8 +71,17 @@ def test_the_loss_of_transformers_is_the_mean(kind):
         (torch.zeros(2, 3), (0, torch.zeros(3).long()), r"targets \(3,\)"),
         ({"out": torch.zeros(2, 3)}, (0, torch.zeros(2).long()), r"a dict with 'out', in which"),
         (torch.zeros(2, 3), {"input_ids": 1}, "a copy of input_ids, with -100"),
+        (torch.zeros(2, 3), torch.zeros(2), r"pass \[\(inputs, target\)\]"),
+        (torch.zeros(2, 3), (0, torch.tensor([0, 3])), "targets go from 0 to 3, and the model tells 3 classes apart"),
+        (torch.zeros(2, 3), (0, torch.tensor([-1, 2])), "targets go from -1 to 2"),
     ],
 )
 def test_what_does_not_fit_is_said(output, batch, message):
     with pytest.raises(InputError, match=message):
         metric_named("cross_entropy")(output, batch)
+
+
+@pytest.mark.core
+def test_a_metric_that_takes_the_target_is_told_that_it_gets_the_batch():
+    with pytest.raises(InputError, match=r"cross_entropy' failed: .*called as metric\(output, batch\)"):
+        metric_named(torch.nn.functional.cross_entropy)(torch.zeros(2, 3), (0, torch.zeros(2).long()))

@@ -43,7 +43,7 @@ def test_the_steps_alone(resect, tmp_path):
     assert "norm of sum" in out  # the rest of the heading may be on the next line
     assert "Norm of the sum: paths of " in out
     assert "Sum of the norms: paths of " in out
-    rows = list(csv.DictReader((tmp_path / "figures" / "paths.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "figures" / "gradients_by_moment.csv").read_text().splitlines()))
     assert [row["when"] for row in rows] == ["initialisation"] * 7 + ["as it is"] * 7
     assert rows[3]["norm_of_sum"] != rows[10]["norm_of_sum"]
     for name in ("gradients", "path_lengths", "gradients_by_moment", "block_gradients"):

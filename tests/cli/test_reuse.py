@@ -24,7 +24,7 @@ def test_two_nets_are_laid_over_each_other(resect, tmp_path):
     for name in FIGURES:
         found = read_measurements(tmp_path / "found" / f"{name}.json")
         assert list(dict.fromkeys(row["net"] for row in found.rows)) == list(models)
-        assert found.provenance["models"] == ", ".join(models)
+        assert found.provenance["model"] == ", ".join(models)
         assert (tmp_path / "found" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "found" / f"{name}.svg").is_file()
     assert len(json.loads((tmp_path / "found" / "gate_closed.json").read_text())["rows"]) == 2 * 3 * 2

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from resect.analyse.loss import Batch, LossFn, loss_of
 from resect.analyse.paths import Chain, chain_from, chain_of, names_in
 from resect.analyse.place import Place, join_seen, looking
-from resect.blocks.block import Blocks
+from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.gate import Gates, Which, gates, resolve
 from resect.blocks.inflight import AbsentError
 from resect.blocks.modes import kept_modes
@@ -49,7 +49,7 @@ class Case:
         chain = chain_of(blocks)
         place = Place(at, None)
         if at != "input":
-            name = chain[0].branches[0].name if at == "first" else blocks[at].name
+            name = chain[0].branches[0].name if at == "first" else _block_named(blocks, at).name
             chain = chain_from(chain, name) or chain
             block = blocks[name]
             fork = next(fork for fork in chain if name in [branch.name for branch in fork.branches])
@@ -140,6 +140,13 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 def _noted(sides: list[Tensor], branch: Tensor) -> Tensor:
     sides.append(branch)
     return branch
+
+
+def _block_named(blocks: Blocks, at: str) -> ResidualBlock:
+    try:
+        return blocks[at]
+    except InputError as error:
+        raise InputError(f"{error} at= also takes 'first' and 'input'.") from None
 
 
 def _seen_place(case: Case, one: Batch) -> Place:

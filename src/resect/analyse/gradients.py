@@ -76,6 +76,15 @@ class PathGradients:
             raise InputError("Nothing was sampled (samples=0): ask for the effective lengths of 'norm_of_sum'.")
         return effective_lengths(values, self.paths, part)
 
+    def __str__(self) -> str:
+        lines = [f"gradient at {self.at}, by the number of branches on the paths:"]
+        for row in self.rows():
+            length = f"{'≥ ' * row.get('longer', False)}{row['length']}"
+            lines.append(f"  {length:>5}  {row['paths']:.4g} paths, norm of their sum {row['norm_of_sum']:.4g}")
+            if "sum_of_norms" in row:
+                lines[-1] += f", sum of their norms {row['sum_of_norms']:.4g} (sampled)"
+        return "\n".join(lines)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one dict per path length, for CSV and tables; ``longer`` marks that of all paths beyond max_length."""
         rows = []

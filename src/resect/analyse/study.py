@@ -165,7 +165,7 @@ def _others(study: LesionStudy) -> Iterable[str]:
         yield from (f"  {x.k:>3} closed, the last {x.label:<32} {_said(study, x.value)}" for x in steps)
     pairs = study.interactions()
     if pairs:
-        yield from _pairs(pairs)
+        yield from _pairs(pairs, " points" * _percent(study))
     for row in study.by_count("swaps"):
         tau = statistics.fmean(x.tau or 0 for x in study.of("swaps") if x.k == row["k"])
         swaps = f"{row['k']:g} swap{'s' * (row['k'] != 1)} of layers"
@@ -176,12 +176,14 @@ def _others(study: LesionStudy) -> Iterable[str]:
             yield f"  {row['k']:g} {what}{team}: {_said(study, row['mean'])}  {_span(study, row, 'sub-network')}"
 
 
-def _pairs(pairs: list[dict[str, Any]]) -> Iterable[str]:
+def _pairs(pairs: list[dict[str, Any]], unit: str) -> Iterable[str]:
     size = statistics.fmean(abs(row["interaction"]) for row in pairs)
     apart = statistics.fmean(abs(row["apart"]) for row in pairs)
     most = max(pairs, key=lambda row: abs(row["interaction"]))
-    yield f"{len(pairs)} pairs of blocks: closing both differs from closing each, added up, by {size:.4g} on average,"
-    yield f"  beside {apart:.4g} for the sum; most for {most['one']} and {most['other']}: {most['interaction']:+.4g}"
+    differs = f"differs from closing each, added up, by {size:.4g}{unit} on average,"
+    strongest = f"{most['one']} and {most['other']}: {most['interaction']:+.4g}{unit}"
+    yield f"{len(pairs)} pairs of blocks: closing both {differs}"
+    yield f"  beside {apart:.4g}{unit} for the sum; most for {strongest}"
 
 
 def _span(study: LesionStudy, row: dict[str, float], what: str) -> str:

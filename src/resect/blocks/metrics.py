@@ -32,7 +32,8 @@ def target_of(batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise InputError(
             "This metric needs targets: batches must be (inputs, target) tuples, or mappings with 'labels' (of a "
-            "language model: a copy of input_ids, with -100 where a token does not count)."
+            "language model: a copy of input_ids, with -100 where a token does not count). One batch alone is no data "
+            "yet: pass [(inputs, target)]."
         )
     return found
 
@@ -69,7 +70,14 @@ def _scored(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             "else pass a metric of your own: metric(output, batch) -> one number per sample."
         )
     kept = target != IGNORED
-    return logits[kept], target[kept]
+    logits, target = logits[kept], target[kept]
+    low, high = (int(target.min()), int(target.max())) if len(target) else (0, 0)
+    if low < 0 or high >= logits.shape[-1]:
+        raise InputError(
+            f"The targets go from {low} to {high}, and the model tells {logits.shape[-1]} classes apart: it takes 0 to "
+            f"{logits.shape[-1] - 1}. Is this the data that the model was trained on?"
+        )
+    return logits, target
 
 
 def _errors(wrong: Tensor, logits: Tensor) -> Tensor:
@@ -158,7 +166,13 @@ def _checked(metric: Metric) -> Metric:
     """Return the metric with a check that it gives one number per sample."""
 
     def checked(output: Any, batch: Any) -> Tensor:
-        values = metric(output, batch)
+        try:
+            values = metric(output, batch)
+        except (TypeError, AttributeError) as error:
+            raise InputError(
+                f"The metric {metric_label(metric)!r} failed: {error}. It is called as metric(output, batch), with the "
+                "whole batch: of (inputs, target) the target is batch[1]."
+            ) from error
         size = next((leaf.shape[0] for leaf in tree_leaves(_plain(batch)) if _has_rows(leaf)), None)
         if isinstance(values, Tensor) and values.dim() == 1 and len(values) == (len(values) if size is None else size):
             return values

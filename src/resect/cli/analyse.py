@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, of, out, with_blocks, write_out
 from resect.errors import InputError
 
 _RANDOM = typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")
@@ -63,8 +63,6 @@ def lesion(
     Without shortcuts: [bold]resect lesion torchvision:vgg11_bn --data cifar10 --layers[/bold]
     """
     from resect.lab.open import TEXT, whole_numbers
-    from resect.report.figures import draw_measurements
-    from resect.report.measurements import Measurements
 
     if depth is not None and not greedy:
         raise InputError("--depth is about --greedy, which is not given.")
@@ -88,18 +86,18 @@ def lesion(
     text = data is not None and data.startswith(TEXT)
     metric = metric or ("perplexity" if text else "top1")
     if layers:
-        name, rows = _without_shortcuts(model, option, data, data_option, limit, metric)
+        if store:
+            raise InputError("--store keeps closed blocks, and --layers deletes layers: leave one of them out.")
+        found, about = _without_shortcuts(model, option, data, data_option, limit, metric)
     else:
         # A batch of a language model's outputs is large: every token has a number for every word.
         draws = draws or 10
         opened, blocks, batches = with_blocks(model, option, data, data_option, limit, 8 if text else 128)
-        study = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
-        name, rows = opened.name, study.rows()
-        out.print(str(study), highlight=False, soft_wrap=True)
+        found = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
+        about = of(opened, batches)
+        out.print(str(found), highlight=False, soft_wrap=True)
     if to:
-        write_out(to, "lesion", rows, format, [seed], model=name)
-        for picture in draw_measurements(Measurements("lesion", rows, {"model": name}), to, "lesion"):
-            out.print(f"Figure: {picture}", highlight=False, soft_wrap=True)
+        write_out(found, to, format, about, [seed])
 
 
 def _study(*arguments: Any, **wanted: Any) -> Any:
@@ -112,10 +110,11 @@ def _study(*arguments: Any, **wanted: Any) -> Any:
 
 def _without_shortcuts(
     model: str, option: Any, data: str | None, data_option: Any, limit: int | None, metric: str
-) -> tuple[str, list[dict[str, Any]]]:
+) -> tuple[Any, dict[str, Any]]:
     from resect.lab.contrast import delete_each_layer
     from resect.lab.display import progress_bar
     from resect.lab.open import open_model
+    from resect.report.measurements import Measurements
 
     opened = open_model(model, option or (), data, data_option or ())
     with progress_bar(err) as display:
@@ -124,4 +123,4 @@ def _without_shortcuts(
     out.print(f"{metric} of the whole model: {rows[0]['baseline']:.4g}; with one layer deleted:", highlight=False)
     for row in rows:
         out.print(f"  {row['label']:<32} {row['change']:+.4g}", highlight=False)
-    return opened.name, rows
+    return Measurements("lesion", rows, {}), of(opened, batches)

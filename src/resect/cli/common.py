@@ -84,10 +84,16 @@ def need_blocks(name: str, blocks: Any) -> None:
         raise InputError(f"No residual block of {name} can be closed.{without}{reasons}")
 
 
-def write_out(folder: Path, name: str, rows: Any, format: str, seeds: Any = (), **about: Any) -> None:
-    """Write measurements, with their provenance and what else is known ``about`` them, and say where they are."""
-    from resect.report.measurements import write_measurements
-    from resect.report.provenance import provenance
+def write_out(found: Any, folder: Path, format: str, about: dict[str, Any], seeds: Any = (), **options: Any) -> None:
+    """Write what was found, with what is known ``about`` it, draw its figures, and say where they are."""
+    from resect.report.draw import draw
 
-    path = write_measurements(folder, name, rows, format, provenance(seeds, **about))
-    out.print(f"Measurements: {path}", highlight=False, soft_wrap=True)
+    for path in draw(found, folder, format=format, seeds=seeds, about=about, **options):
+        out.print(f"{'Figure' if path.suffix == '.png' else 'Measurements'}: {path}", highlight=False, soft_wrap=True)
+
+
+def of(opened: Any, batches: list[Any]) -> dict[str, Any]:
+    """What provenance and figures say of a measurement: the model and the number of samples."""
+    from resect.analyse.streams import samples_of
+
+    return {"model": opened.label, "samples": sum(map(samples_of, batches))}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, of, out, with_blocks, write_out
 
 
 @app.command()
@@ -17,14 +16,14 @@ def paths(
     option: Options = None,
     data: Data = None,
     data_option: DataOptions = None,
-    samples: Annotated[int, typer.Option(min=0, help="single paths drawn per length")] = 1000,
+    samples: Annotated[int | None, typer.Option(min=0, help="single paths drawn per length; default: 1000")] = None,
     exact_only: Annotated[bool, typer.Option("--exact-only", help="draw none: the exact curve alone")] = False,
     max_length: Annotated[int | None, typer.Option(min=0, help="tell lengths apart up to this one")] = None,
     carriers: Annotated[bool, typer.Option("--blocks", help="also: which blocks carry the gradient")] = False,
     initial: Annotated[bool, typer.Option("--initial", help="also with the weights the run began with")] = False,
     batch: Annotated[int, typer.Option(min=1, help="test samples")] = 64,
     at: Annotated[str, typer.Option(help="where: first (what enters the first block), input, or a block")] = "first",
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    seed: Annotated[int | None, typer.Option(help="of the draws; default: 0")] = None,
     to: Out = None,
     format: Format = "csv",
 ) -> None:
@@ -39,6 +38,9 @@ def paths(
     from resect.lab.display import progress_bar
     from resect.lab.runs import initial_state
 
+    if exact_only and (samples or seed is not None):
+        raise InputError("--exact-only draws no paths: leave out --samples and --seed.")
+    samples, seed = 0 if exact_only else 1000 if samples is None else samples, seed or 0
     opened, blocks, batches = with_blocks(model, option, data, data_option, batch, batch)
     if initial and (opened.recipe is None or hasattr(opened.model, "resect_plan")):
         raise InputError("--initial needs the folder of a run, of a net that is whole: its recipe draws the weights.")
@@ -54,7 +56,7 @@ def paths(
             states,
             loss_fn,
             at=at,
-            samples=0 if exact_only else samples,
+            samples=samples,
             max_length=max_length,
             seed=seed,
             progress=partial(display.steps, "paths"),
@@ -70,11 +72,10 @@ def paths(
     if through is not None:
         _print_blocks(through)
     if to:
-        rows = [({"when": when} if initial else {}) | row for when, one in found.items() for row in one.rows()]
-        write_out(to, "paths", rows, format, [seed], model=opened.name, at=at)
+        about = of(opened, batches) | {"at": at}
+        write_out(found, to, format, about, [seed])
         if through is not None:
-            write_out(to, "block_gradients", through.rows(), format, [seed], model=opened.name, at=at)
-        _draw(to, found, through)
+            write_out(through, to, format, about, [seed])
 
 
 def _print_lengths(found: Any) -> None:
@@ -119,21 +120,3 @@ def _print_blocks(through: Any) -> None:
     for row in through.rows():
         table.add_row(row["name"], *(f"{row[column]:.4g}" for column in ("through", "past", "share")))
     out.print(table)
-
-
-def _draw(folder: Path, found: dict[str, Any], through: Any) -> None:
-    """Write the figures as PNG and SVG."""
-    from resect.report.figures import FIGURES, save
-
-    last = list(found.values())[-1]
-    total = sum(last.paths)
-    rows = {"gradients": last.rows()}
-    if last.max_length is None:
-        rows["path_lengths"] = [{"length": k, "share": count / total} for k, count in enumerate(last.paths)]
-    if len(found) > 1:
-        rows["gradients_by_moment"] = [{"when": when} | row for when, one in found.items() for row in one.rows()]
-    if through is not None:
-        rows["block_gradients"] = through.rows()
-    for name, shown in rows.items():
-        save(FIGURES[name](shown), folder, name)
-    out.print(f"Figures: {', '.join(rows)} (.png, .svg) in {folder}", highlight=False, soft_wrap=True)

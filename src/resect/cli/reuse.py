@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Options, Out, app, err, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Options, Out, app, err, of, out, with_blocks, write_out
 
 if TYPE_CHECKING:
     from resect import BlockResponse
-
-Row = dict[str, Any]
 
 
 @app.command()
@@ -55,7 +53,7 @@ def reuse(
     sizes = whole_numbers(batch_sizes)
     closed_share({}, epsilon, sizes)  # what is wrong with them is said before the work
     ready = [with_blocks(name, option, data, data_option, limit, batch) for name in models]
-    figures: dict[str, list[Row]] = {}
+    nets: dict[str, BlockResponse] = {}
     for (opened, blocks, batches), net in zip(ready, net_names(models), strict=True):
         with progress_bar(err) as display:
             found = resect.block_response(
@@ -68,10 +66,10 @@ def reuse(
                 progress=partial(display.steps, net),
             )
         _show(net, found, epsilon, sizes)
-        for figure, rows in _rows(found, epsilon, sizes).items():
-            figures.setdefault(figure, []).extend({"net": net} | row for row in rows)
+        nets[net] = found
     if to:
-        _write(to, figures, format, models=", ".join(models), data=data or "the run's own", samples=found.samples)
+        about = of(opened, batches) | {"model": ", ".join(one.label for one, _, _ in ready)}
+        write_out(nets, to, format, about, epsilon=epsilon, batch_sizes=sizes)
 
 
 def net_names(models: list[str]) -> list[str]:
@@ -83,24 +81,6 @@ def net_names(models: list[str]) -> list[str]:
     names = [last if short.count(last) == 1 else name for last, name in zip(short, models, strict=True)]
     return [f"{name} {names[:place].count(name) + 1}" if names.count(name) > 1 else name
             for place, name in enumerate(names)]  # fmt: skip
-
-
-def _rows(found: BlockResponse, epsilon: float, sizes: list[int]) -> dict[str, list[Row]]:
-    """What is drawn, by figure; figures without a value are left out."""
-    pairs = found.depth_rows()
-    blocks = [row | {name: row.pop(f"{name}_mean") for name in ("ratio", "angle", "descent")} for row in found.rows()]
-    rows = {
-        "block_response": blocks,
-        "angular_distance": [{key: row[key] for key in ("depth", "other", "distance")} for row in pairs],
-        "cka": [{key: row[key] for key in ("depth", "other", "cka")} for row in pairs],
-        "unit_similarity": found.unit_rows(),
-        "probes": found.probe_rows(),
-        "strict_identity": found.strict_rows(epsilon),
-        "gate_closed": found.closed_rows(epsilon, sizes),
-    }
-    if all(row["cka"] is None for row in rows["cka"]):
-        del rows["cka"]
-    return {figure: own for figure, own in rows.items() if own}
 
 
 def _show(net: str, found: BlockResponse, epsilon: float, sizes: list[int]) -> None:
@@ -144,13 +124,3 @@ def _show(net: str, found: BlockResponse, epsilon: float, sizes: list[int]) -> N
 
 def _cell(value: float | None, form: str) -> str:
     return "—" if value is None or value != value else f"{value:{form}}"
-
-
-def _write(to: Path, figures: dict[str, list[Row]], format: str, **about: Any) -> None:
-    """Write the rows of every figure, and draw it."""
-    from resect.report.figures import redraw_measurements
-
-    for figure, rows in figures.items():
-        write_out(to, figure, rows, format, **about)
-        (picture,) = redraw_measurements(to / f"{figure}.{format}")
-        out.print(f"Figure: {picture}", highlight=False, soft_wrap=True)

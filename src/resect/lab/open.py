@@ -40,6 +40,11 @@ class Opened:
     pretrained: bool = False
 
     @property
+    def label(self) -> str:
+        """Return what figures and provenance call it: its name, and of a run the folder."""
+        return self.name if self.folder is None else f"{self.name} in {self.folder.name}"
+
+    @property
     def gated(self) -> bool:
         """Whether it was trained with an ε-gate, which is not attached here, and has not been cut."""
         method = self.recipe.method if self.recipe is not None else None

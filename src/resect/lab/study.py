@@ -28,7 +28,8 @@ def study_plain(nets: Nets, found: Findings, display: Display) -> None:
         for lesion in study.each for name in lesion.closed
     ]  # fmt: skip
     found.figures["lesion_random"] = [
-        {"k": len(lesion.closed), "draw": draw, "error": lesion.value / 100} for draw, lesion in enumerate(study.random)
+        {"k": lesion.k, "draw": draw, "error": lesion.value / 100, "every": lesion.every}
+        for draw, lesion in enumerate(study.random)
     ]
     paths = resect.path_lengths(blocks)
     total = sum(paths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import altair as alt
 import vl_convert
 
 from resect.errors import FileError, InputError, ResectError, unknown
+from resect.report import theme
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
@@ -69,9 +70,12 @@ def specification(chart: Any) -> dict[str, Any]:
 
 
 def _steady(svg: str) -> str:
-    """An SVG with its clip paths numbered from 0: vega counts them through all charts of a process."""
-    names = {name: f"clip{place}" for place, name in enumerate(dict.fromkeys(re.findall(r"\bclip\d+\b", svg)))}
-    return re.sub(r"\bclip\d+\b", lambda match: names[match[0]], svg)
+    """An SVG with its clip paths and gradients numbered from 0: vega counts them through all charts of a process."""
+    for kind in ("clip", "gradient_"):
+        found = dict.fromkeys(re.findall(rf"\b{kind}\d+\b", svg))
+        names = {name: f"{kind}{place}" for place, name in enumerate(found)}
+        svg = re.sub(rf"\b{kind}\d+\b", lambda match, names=names: names[match[0]], svg)  # type: ignore[misc]
+    return svg
 
 
 def save(chart: Any, folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -107,9 +111,18 @@ def draw_measurements(found: Measurements, folder: Path, stem: str) -> list[Path
     if found.name == "lesion":
         parts = lesion_figures(found.rows, str(found.provenance.get("model", "this model")))
         figures = {name: (name, rows) for name, rows in parts.items()}
+    of = _of(found.provenance)
     for name, (figure, rows) in figures.items():
-        save(FIGURES[figure](rows), folder, name)
+        save(theme.signed(FIGURES[figure](rows), of), folder, name)
     return [folder / f"{name}.png" for name in figures]
+
+
+def _of(provenance: Mapping[str, Any]) -> str:
+    """Of what a figure is: the model and how many samples, as far as the measurements say."""
+    parts = [str(provenance["model"])] if provenance.get("model") else []
+    if provenance.get("samples"):
+        parts.append(theme.plural(int(provenance["samples"]), "sample"))
+    return ", ".join(parts)
 
 
 def redraw_measurements(path: str | os.PathLike[str]) -> list[Path]:

@@ -88,6 +88,14 @@ def finish(chart: Any, title: str, subtitle: str | Sequence[str] = "") -> Any:
     return chart
 
 
+def signed(chart: Any, of: str) -> Any:
+    """Add to a finished chart a last line that says of what it is."""
+    if of:
+        above = chart.title.subtitle if isinstance(chart.title.subtitle, list) else []
+        chart.title.subtitle = [*above, of]
+    return chart
+
+
 def percent_axis(**options: Any) -> alt.Axis:
     """An axis for fractions, labelled in percent just as ``percent`` writes it."""
     return alt.Axis(labelExpr="format(100 * datum.value, '~r') + ' %'", **options)
