@@ -39,6 +39,7 @@ _STORY = {
     "shrink.rank": ["Ranking", "rank"],
     "shrink.remove": ["remove"],
     "shrink.replace": ["replace"],
+    "shrink.mimic": ["mimic"],
     "shrink.files": ["load", "save"],
     "report.draw": ["draw"],
     "integrations.export": ["Exported", "export"],

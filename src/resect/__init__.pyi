@@ -43,6 +43,7 @@ from resect.blocks.plan import Plan as Plan
 from resect.shrink.rank import Ranking as Ranking, rank as rank
 from resect.shrink.remove import remove as remove
 from resect.shrink.replace import replace as replace
+from resect.shrink.mimic import mimic as mimic
 from resect.shrink.files import load as load, save as save
 from resect.report.draw import draw as draw
 from resect.integrations.export import Exported as Exported, export as export

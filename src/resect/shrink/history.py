@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from resect.blocks.block import ResidualBlock
 from resect.blocks.plan import Plan
+from resect.errors import InputError
 
 COMPACT = "compact"
 """Key of a plan's evidence that holds what ``compact`` did."""
@@ -50,6 +53,19 @@ def original(name: str, moved: Mapping[str, str]) -> str:
             return moved[name[:end]] + name[end:]
         end = max(name.rfind(mark, 0, end) for mark in "./@")
     return name
+
+
+def name_in(small: nn.Module, name: str) -> str:
+    """Return what a module of the uncut model is called in a cut one.
+
+    Raises ``InputError`` if it is gone.
+    """
+    plan = getattr(small, "resect_plan", None)
+    moved = plan.evidence.get(COMPACT, {}).get("moved", {}) if isinstance(plan, Plan) else {}
+    found = next((path for path, _ in small.named_modules() if original(path, moved) == name), None)
+    if found is None:
+        raise InputError(f"The cut model has no module {name!r} any more. Name one that was kept.")
+    return found
 
 
 def _merged(past: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

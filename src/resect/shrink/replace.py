@@ -16,10 +16,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.example import Forward, device_of, forward_batch, to_device
+from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import resolve
 from resect.blocks.plan import Plan
-from resect.blocks.template import tensors_in
 from resect.blocks.trace import quiet
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError, check_all, unknown
@@ -28,6 +27,7 @@ from resect.shrink.history import REPLACED, grown
 from resect.shrink.least_squares import LeastSquares
 from resect.shrink.merge import Projection, projection_of
 from resect.shrink.remove import Names, copied, remove
+from resect.shrink.samples import first_batches
 from resect.shrink.seen import Seen, channels, rows_of, seen, strided
 from resect.shrink.standin import filled, hindrance, linear_of, stand_in
 
@@ -78,7 +78,7 @@ def replace(
     blocks, model = resolve(model, blocks), unwrap(model)
     plan = Plan.of(blocks, plan)
     runs = _runs(blocks, plan)
-    batches = _batches(model, data, samples)
+    batches = first_batches(model, data, samples)
     with quiet(model):
         ways = [projection_of(model, blocks, run[0], set(plan.names), batches[0], forward) for run in runs]
     kept = [run[0] for run, way in zip(runs, ways, strict=True) if way is None]
@@ -119,19 +119,6 @@ def _runs(blocks: Blocks, plan: Plan) -> list[Run]:
         else:
             runs.append([block])
     return [tuple(run) for run in runs]
-
-
-def _batches(model: nn.Module, data: Iterable[Any], samples: int) -> list[Any]:
-    """Keep the first batches, until there are enough samples."""
-    found, count, device = [], 0, device_of(model)
-    for batch in data:
-        found.append(to_device(batch, device))
-        count += max((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), default=1)
-        if count >= samples:
-            break
-    if not found:
-        raise InputError("The data gave no batches. Pass a list of batches or a DataLoader.")
-    return found
 
 
 def _fit(
