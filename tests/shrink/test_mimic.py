@@ -47,7 +47,7 @@ def test_one_linear_layer_reaches_the_closed_form():
     torch.manual_seed(0)
     net, x = Linear().eval(), torch.randn(128, 4)
     small = resect.remove(net, resect.find_blocks(net, x), ["b"])
-    losses = resect.mimic(small, net, [x], steps=250, lr=0.05, batch_size=128)
+    losses = resect.mimic(small, net, [x], steps=300, lr=0.05, batch_size=32)
     with torch.no_grad():
         wanted = x + net.a(x)
         wanted = wanted + torch.tanh(net.b(wanted))
@@ -55,8 +55,7 @@ def test_one_linear_layer_reaches_the_closed_form():
         solution = torch.linalg.lstsq(full.double(), (wanted - x).double()).solution
         least = (full.double() @ solution - (wanted - x)).square().mean()
         unrecovered = (net.a(x) - (wanted - x)).square().mean()
-    assert losses[0] == pytest.approx(float(unrecovered), rel=1e-5)
-    assert losses[-1] == pytest.approx(float(least), rel=1e-3)
+    assert losses[0] == pytest.approx(float(unrecovered), rel=0.5)  # on 32 of the samples
     assert feature_distance(small, net, [x]) == pytest.approx(float(least), rel=1e-3)
     found = torch.cat([small.a.weight.T, small.a.bias[None]])
     assert torch.allclose(found, solution.float(), atol=5e-3)  # weight decay pulls a little

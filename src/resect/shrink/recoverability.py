@@ -33,9 +33,9 @@ def recoverability(
 ) -> float:
     """Return how far features stay from the uncut model's when blocks go and the rest mimics it for a few steps.
 
-    The mean squared distance in eval mode, on the samples that were mimicked; lower is better. PRACTISE (section 3.2)
-    ranks blocks by it per millisecond saved; it fits 1×1 convolutions beside the block for 1000 steps, here all that
-    is left learns. The model is left alone.
+    The mean squared distance in eval mode, on the samples that were mimicked; lower is better. PRACTISE ranks blocks
+    by it per millisecond saved; it fits 1×1 convolutions beside the block for 1000 steps, here all that is left
+    learns. The model is left alone.
 
     Parameters
     ----------

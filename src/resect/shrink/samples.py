@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,11 @@ def dealt(samples: Any, size: int, seed: int) -> Iterator[Any]:
     while True:
         order = torch.randperm(count, generator=generator)
         for rows in order[: count - count % size].split(size):
-            yield tree_map_only(Tensor, lambda tensor, rows=rows: tensor[rows.to(tensor.device)], samples)
+            yield tree_map_only(Tensor, partial(_rows, rows), samples)
+
+
+def _rows(rows: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device)]
 
 
 def again_and_again(data: Iterable[Any]) -> Iterator[Any]:
