@@ -40,7 +40,9 @@ from resect.analyse.through import BlockGradients as BlockGradients, block_gradi
 from resect.analyse.profile import BlockResponse as BlockResponse
 from resect.analyse.response import block_response as block_response
 from resect.blocks.plan import Plan as Plan
-from resect.shrink.rank import Ranking as Ranking, rank as rank
+from resect.shrink.costs import BlockCosts as BlockCosts, block_costs as block_costs
+from resect.shrink.rank import rank as rank
+from resect.shrink.ranking import Ranking as Ranking
 from resect.shrink.remove import remove as remove
 from resect.shrink.replace import replace as replace
 from resect.shrink.mimic import mimic as mimic

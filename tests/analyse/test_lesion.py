@@ -92,10 +92,10 @@ def test_bad_input(setup):
 def test_ranking_puts_the_least_missed_first(setup):
     net, blocks, data, _ = setup
     study = resect.lesion_study(net, blocks, data, metric="cross_entropy")
-    ranking = resect.rank(net, blocks, data, metric="cross_entropy")
+    ranking = resect.rank(net, blocks, data, unit="block", metric="cross_entropy")
     assert ranking.scores == study.scores
     perplexed = resect.lesion_study(net, blocks, data, metric="perplexity")
-    assert resect.rank(net, blocks, data, metric="perplexity").scores == perplexed.scores
+    assert resect.rank(net, blocks, data, unit="block", metric="perplexity").scores == perplexed.scores
     assert perplexed.baseline == pytest.approx(math.exp(study.baseline))
     assert ranking.order == sorted(study.scores, key=study.scores.get)
     plan = ranking.choose(n=2)

@@ -70,15 +70,15 @@ def interleaved(
 
 def _seconds(run: Callable[[], Any], repeats: int) -> float:
     """Seconds for ``repeats`` calls, the work of an accelerator included."""
-    _synchronize()
+    synchronize()
     start = clock()
     for _ in range(repeats):
         run()
-    _synchronize()
+    synchronize()
     return clock() - start
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     """Wait for the accelerator, if there is one: it works on after a call has returned."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

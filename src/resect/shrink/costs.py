@@ -1,0 +1,165 @@
+"""What each block costs: parameters, FLOPs, and milliseconds of the network that is left without it, measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resect.blocks.block import Blocks
+from resect.blocks.cost import count_flops, resized, samples_in
+from resect.blocks.example import Example, device_of
+from resect.blocks.gate import Which, check_detached, resolve
+from resect.blocks.unwrap import unwrap
+from resect.errors import BlocksError, InputError, unknown
+from resect.shrink.remove import take_out
+from resect.shrink.timed import Latency, timed
+
+QUANTITIES = ("latency", "flops", "parameters")
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What the whole network costs, and what goes with each of its blocks; costs of several blocks add up."""
+
+    names: tuple[str, ...]
+    whole: Mapping[str, int]
+    """``flops`` (of one sample) and ``parameters`` of the whole network."""
+    each: Mapping[str, Mapping[str, int]]
+    """The same of each block: ``costs.each["flops"]["layer3.4/conv1"]``."""
+    latencies: Mapping[int, Latency]
+    """Milliseconds by batch size: of what is left without any block, and of each block."""
+
+    def latency(self, without: Iterable[str] = (), batch: int | None = None) -> tuple[float, float]:
+        """Return the milliseconds of the network without some blocks, and ±: the half-width of their 95 % interval.
+
+        ``batch``: one of the batch sizes measured, by default the first. Raises ``InputError`` for another, or for
+        unknown names.
+        """
+        batch = next(iter(self.latencies), None) if batch is None else batch
+        if batch is None or batch not in self.latencies:
+            measured = ", ".join(map(str, self.latencies)) or "none"
+            raise InputError(f"No latency was measured at batch size {batch}; measured: {measured}.")
+        return self.latencies[batch].of(self._kept(without))
+
+    def gain(self, without: Iterable[str]) -> float:
+        """Return the mean share of latency that goes with some blocks, over all batch sizes; of FLOPs where none is."""
+        without = list(without)
+        if not self.latencies:
+            return self.saved("flops", without)
+        return fmean(1 - self.latency(without, batch)[0] / self.latency((), batch)[0] for batch in self.latencies)
+
+    def saved(self, quantity: str, without: Iterable[str]) -> float:
+        """Return the share of a quantity, 0 to 1, that goes with some blocks; of latency the least of all batch sizes.
+
+        ``quantity``: ``"latency"``, ``"flops"`` or ``"parameters"``. Raises ``InputError`` for another one, or for one
+        that these costs do not hold.
+        """
+        without = list(without)
+        if quantity not in QUANTITIES:
+            raise unknown("quantity", quantity, QUANTITIES)
+        if quantity == "latency":
+            if not self.latencies:
+                raise InputError("These costs hold no latency: block_costs(…, batches=(1, 32)) measures it.")
+            return min(1 - self.latency(without, batch)[0] / self.latency((), batch)[0] for batch in self.latencies)
+        gone = sum(
+            self.each[quantity][name] for name, kept in zip(self.names, self._kept(without), strict=True) if not kept
+        )
+        return gone / max(1, self.whole[quantity])
+
+    def _kept(self, without: Iterable[str]) -> Tensor:
+        gone = set(without)
+        strangers = sorted(gone - set(self.names))
+        if strangers:
+            raise unknown("block in these costs", strangers[0], self.names)
+        return torch.tensor([float(name not in gone) for name in self.names], dtype=torch.float64)
+
+    def __str__(self) -> str:
+        heads = ["parameters", "FLOPs", *(f"ms at batch {batch}" for batch in self.latencies)]
+        whole = [self.whole["parameters"], self.whole["flops"], *(sum(v.ms.tolist()) for v in self.latencies.values())]
+        rows = [("whole network", whole)] + [
+            (name, [self.each["parameters"][name], self.each["flops"][name],
+                    *(float(v.ms[1 + place]) for v in self.latencies.values())])
+            for place, name in enumerate(self.names)
+        ]  # fmt: skip
+        width = max(len(name) for name, _ in rows)
+        lines = [" " * width + "".join(f"{head:>17}" for head in heads)]
+        for name, row in rows:
+            lines.append(name.ljust(width) + "".join(f"{v:>17,}" if isinstance(v, int) else f"{v:>17.3f}" for v in row))
+        return "\n".join(lines)
+
+
+def block_costs(
+    model: nn.Module,
+    blocks: Which,
+    example: Any = None,
+    batches: Sequence[int] = (1, 32),
+    *,
+    rounds: int = 15,
+    progress: Callable[[int, int], None] | None = None,
+) -> BlockCosts:
+    """Measure what goes with each block: parameters, FLOPs, and milliseconds here, now, as the model runs in eval mode.
+
+    Parameters and FLOPs are counted. Of milliseconds, a block has what passes between the beginning of its branch and
+    that of the next block's, less what still passes there in the network without any block (shortcuts, norms after
+    the addition): see `shrink.timed`. They are told apart within single passes, so that a busy
+    machine slows them alike.
+
+    Parameters
+    ----------
+    model, blocks: left exactly as they are.
+    example: what the model runs on, by default the blocks' own example; its samples are cycled to each batch size.
+    batches: batch sizes to measure at; () counts only.
+    rounds: passes that are timed at each batch size, of the whole network and of that without any block.
+    progress: called as ``progress(done, total)``, in batch sizes.
+
+    Raises
+    ------
+    BlocksError: no blocks, blocks of another model, no example; with ``batches``, blocks inside one another, or one
+        whose beginning cannot be seen.
+    InputError: batch sizes that are no whole numbers from 1, fewer than 2 rounds.
+    AttachError: a gate or method is still attached.
+
+    >>> costs = resect.block_costs(model, blocks, x, batches=(1, 32))
+    >>> costs.latency(["layer3.4"], batch=32)
+    """
+    blocks = resolve(model, blocks)
+    model = unwrap(model)
+    if not blocks:
+        raise BlocksError("There is nothing to weigh: the selection of residual blocks is empty.")
+    if example is None and blocks.example is None:
+        raise BlocksError("These blocks carry no example to run. Pass one: block_costs(model, blocks, example).")
+    wrong = [batch for batch in batches if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1]
+    if wrong or rounds < 2:
+        raise InputError(f"Batch sizes must be whole numbers from 1 and rounds at least 2; got {batches} and {rounds}.")
+    check_detached(model)
+    example = Example.of(blocks.example if example is None else example).to(device_of(model))
+    one = resized(example, 1) if samples_in(example) else example
+    flops = count_flops(model, one)
+    gone = {block.name: flops - count_flops(without(model, blocks, [block.name]), one) for block in blocks}
+    latencies = {}
+    for number, batch in enumerate(batches, start=1):
+        nets = without(model, blocks, ()), without(model, blocks, blocks.names)
+        latencies[batch] = timed(*nets, blocks, resized(example, batch), rounds)
+        if progress:
+            progress(number, len(batches))
+    return BlockCosts(
+        tuple(blocks.names),
+        {"flops": flops, "parameters": sum(parameter.numel() for parameter in model.parameters())},
+        {"flops": gone, "parameters": {block.name: block.parameters for block in blocks}},
+        latencies,
+    )
+
+
+def without(model: nn.Module, blocks: Blocks, names: Collection[str]) -> nn.Module:
+    """Return a copy of a model without some blocks that shares its weights: for measuring, not for keeping."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    net = copy.deepcopy(model, shared)
+    if names:
+        take_out(net, blocks.select(names))
+    return net
