@@ -14,6 +14,7 @@ import resect
 from resect.blocks.example import Example
 from resect.errors import BlocksError, InputError
 from resect.shrink import search
+from resect.shrink.recoverability import recoverability
 
 pytestmark = pytest.mark.core
 
@@ -199,6 +200,14 @@ def test_tokens_padding_and_the_last_place():
     assert influence == pytest.approx(float(1 - cosine[mask.bool()].mean()), rel=1e-5)
     angle = resect.rank(net, blocks, data, by="angle").scores["layers.0/a"]
     assert angle == pytest.approx(float(cosine[[0, 1], [2, 4]].acos().mean() / math.pi), rel=1e-5)
+
+
+def test_recoverability_is_a_short_fit_for_each_unit(setup):
+    net, blocks, data = setup
+    ranking = resect.rank(net, blocks.select(blocks.names[3:]), data, by="recoverability", search="greedy", depth=1)
+    for name, score in ranking.scores.items():
+        assert score == recoverability(net, blocks, name, data)
+    assert ranking.ladder[0].units == (min(ranking.scores, key=ranking.scores.get),)
 
 
 def test_controls_and_numbers_of_ones_own(setup):

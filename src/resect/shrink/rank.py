@@ -19,10 +19,11 @@ from resect.shrink import search as find
 from resect.shrink.costs import BlockCosts
 from resect.shrink.missed import Missed
 from resect.shrink.ranking import CONTROLS, Ranking, Rung
+from resect.shrink.recoverability import recoverability
 from resect.shrink.streams import stream_scores, unbroken
 from resect.shrink.taylor import taylor_scores
 
-By: TypeAlias = Literal["lesion", "influence", "angle", "size", "taylor", "random", "last"]
+By: TypeAlias = Literal["lesion", "influence", "angle", "size", "taylor", "recoverability", "random", "last"]
 Unit: TypeAlias = Literal["block", "layer"]
 Search: TypeAlias = Literal["once", "greedy", "beam", "runs"]
 Set = tuple[str, ...]
@@ -62,6 +63,8 @@ def rank(
         - ``"angle"``: arccos(cos)/π at the last token (2403.17887), of images at 16 places; made for ``"runs"``.
         - ``"size"``: ‖what the unit adds‖ / ‖stream before‖ (1710.04773).
         - ``"taylor"``: |first-order change of the loss| (1611.06440): the cross-entropy, or ``metric`` if a function.
+        - ``"recoverability"``: how far the features stay from the whole model's once the rest has mimicked them for 50
+          steps (PRACTISE, 2202.07861, there per millisecond saved: give ``costs``). No labels; a short fit per unit.
         - ``"random"`` (by ``seed``), ``"last"`` (the deepest first, the very last unit at the end: the simple strategy
           of 2403.17887): controls, which no cost changes.
         - a mapping {block or unit: number}; of several blocks the sum counts.
@@ -172,6 +175,10 @@ def _scorer(
     if by == "taylor":
         loss = {} if isinstance(metric, str) else {"loss": metric}
         return lambda gone, sets: taylor_scores(model, blocks, data, gone, sets, forward, **loss)
+    if by == "recoverability":
+        return lambda gone, sets: [
+            recoverability(model, blocks, (*gone, *names), data, seed=seed, forward=forward) for names in sets
+        ]
     if by in _STREAM:
         return lambda gone, sets: stream_scores(model, blocks, data, gone, sets, str(by), forward)
     if by == "random":
