@@ -47,6 +47,14 @@ def test_a_net_without_shortcuts_loses_its_layers_one_at_a_time(resect, tmp_path
     assert code == 0, err
     assert "with one layer deleted" in out
     assert (tmp_path / "fig" / "lesion_each.png").exists()
+    code, _, err = resect("lesion", *net, "--layers", "--beside", "cifar-resnet-8")
+    assert "--beside is about closing each block alone: leave out --layers" in err.replace("\n", " ")
+    code, out, err = resect("lesion", *NET[:1], *NET[3:], "--beside", "cifar-resnet-8", "--out", "both")
+    assert code == 0, err
+    with (tmp_path / "both" / "lesion.csv").open() as file:
+        nets = [row["net"] for row in csv.DictReader(file)]
+    assert nets == [""] * 6 + ["cifar-resnet-8"] * 3
+    assert "cifar-resnet-8" in (tmp_path / "both" / "lesion_each.svg").read_text()
 
 
 @pytest.mark.parametrize(

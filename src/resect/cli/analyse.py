@@ -23,6 +23,7 @@ _DRAWS = typer.Option("--draws", min=1, help="random draws of each kind; default
 _METRIC = typer.Option(help="top1, top5 (errors in %), cross_entropy or perplexity; default: top1, for text perplexity")
 _STORE = typer.Option("--store", help="keep what is finished here; given again, an interrupted study goes on")
 _LAYERS = typer.Option("--layers", help="a net without shortcuts: delete each layer that keeps its input's shape")
+_BESIDE = typer.Option("--beside", help="a net without shortcuts, in the same figure: each of its layers deleted")
 
 _OPTIONS = {"random_counts": "--random", "runs": "--runs", "groups": "--by", "greedy": "--greedy", "pairs": "--pairs",
             "swaps": "--swaps", "paths": "--paths"}  # fmt: skip
@@ -44,6 +45,7 @@ def lesion(
     swaps: Annotated[str, _SWAPS] = "",
     paths: Annotated[str, _PATHS] = "",
     layers: Annotated[bool, _LAYERS] = False,
+    beside: Annotated[str | None, _BESIDE] = None,
     draws: Annotated[int | None, _DRAWS] = None,
     metric: Annotated[str | None, _METRIC] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use this many test samples")] = None,
@@ -60,9 +62,12 @@ def lesion(
 
     A language model: [bold]resect lesion hf:gpt2 --data text:book.txt --by part --greedy --depth 4[/bold]
 
-    Without shortcuts: [bold]resect lesion torchvision:vgg11_bn --data cifar10 --layers[/bold]
+    Beside a net without shortcuts: [bold]resect lesion runs/plain --beside runs/no-shortcuts --out figures[/bold]
+
+    Without shortcuts alone: [bold]resect lesion torchvision:vgg11_bn --data cifar10 --layers[/bold]
     """
     from resect.lab.open import TEXT, whole_numbers
+    from resect.report.measurements import Measurements
 
     if depth is not None and not greedy:
         raise InputError("--depth is about --greedy, which is not given.")
@@ -78,6 +83,10 @@ def lesion(
     }
     if draws is not None and not (counts or swaps or paths):
         raise InputError("--draws is about --random, --swaps and --paths, none of which is given.")
+    if beside and (layers or not each):
+        raise InputError(
+            f"--beside is about closing each block alone: leave out {'--layers' if layers else '--no-each'}."
+        )
     others = [option for key, option in _OPTIONS.items() if wanted[key]]
     if layers and (others or not each):
         raise InputError(f"--layers deletes each layer and nothing else: leave out {', '.join(others) or '--no-each'}.")
@@ -96,6 +105,10 @@ def lesion(
         found = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
         about = of(opened, batches)
         out.print(str(found), highlight=False, soft_wrap=True)
+        if beside:
+            other, of_other = _without_shortcuts(beside, None, data, data_option, limit, metric)
+            rows = [*found.rows(), *(row | {"net": of_other["model"], "stage": None} for row in other.rows)]
+            found = Measurements("lesion", rows, {})
     if to:
         write_out(found, to, format, about, [seed])
 
@@ -114,13 +127,15 @@ def _without_shortcuts(
     from resect.lab.contrast import delete_each_layer
     from resect.lab.display import progress_bar
     from resect.lab.open import open_model
-    from resect.report.measurements import Measurements
 
     opened = open_model(model, option or (), data, data_option or ())
     with progress_bar(err) as display:
         batches = opened.batches("test", limit, 128)
         rows = delete_each_layer(opened.model, batches, metric, partial(display.steps, "layers"))
-    out.print(f"{metric} of the whole model: {rows[0]['baseline']:.4g}; with one layer deleted:", highlight=False)
+    whole = f"{opened.label}: {metric} of the whole model {rows[0]['baseline']:.4g}; with one layer deleted:"
+    out.print(whole, highlight=False, soft_wrap=True)
     for row in rows:
         out.print(f"  {row['label']:<32} {row['change']:+.4g}", highlight=False)
+    from resect.report.measurements import Measurements
+
     return Measurements("lesion", rows, {}), of(opened, batches)

@@ -21,7 +21,7 @@ def lesion_figures(rows: Iterable[Mapping[str, Any]], net: str = "this model") -
     figures: dict[str, Rows] = {"lesion_parts": [r | {"name": r["label"]} for r in of.get("each", [])]}
     if errors:
         figures["lesion_each"] = [
-            {"net": net, "index": row["index"], "name": row["label"], "stage": _stage(row["stage"]),
+            {"net": row.get("net") or net, "index": row["index"], "name": row["label"], "stage": _stage(row["stage"]),
              "error": row["value"] / 100, "baseline": row["baseline"] / 100, "shortcut": row["shortcut"]}
             for row in each
         ]  # fmt: skip
