@@ -42,6 +42,7 @@ _STORY = {
     "shrink.remove": ["remove"],
     "shrink.replace": ["replace"],
     "shrink.mimic": ["mimic"],
+    "shrink.distill": ["Distillation"],
     "shrink.files": ["load", "save"],
     "report.draw": ["draw"],
     "integrations.export": ["Exported", "export"],

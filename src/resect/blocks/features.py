@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resect.blocks.hooks import Hook
+from resect.blocks.recompute import is_recomputing
 from resect.blocks.template import tensors_in
 from resect.errors import InputError, unknown
 
@@ -59,6 +61,8 @@ def tapped(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[str, 
     taken: dict[str, Tensor] = {}
 
     def take(key: str, value: Any) -> None:
+        if is_recomputing():
+            return
         found = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.ndim]
         if not found:
             raise InputError(f"There is no tensor of numbers to compare at {key!r}. Name another module.")
@@ -68,10 +72,9 @@ def tapped(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[str, 
         for key, place in places.items():
             module = model.get_submodule(place.module)
             if place.enters:
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, kwargs, key=key: take(key, (args, kwargs)), with_kwargs=True
-                )
+                entering = Hook(lambda _, args, kwargs, key=key: take(key, (args, kwargs)))
+                hook = module.register_forward_pre_hook(entering, with_kwargs=True)
             else:
-                hook = module.register_forward_hook(lambda _, args, output, key=key: take(key, output))
+                hook = module.register_forward_hook(Hook(lambda _, args, output, key=key: take(key, output)))
             hooks.callback(hook.remove)
         yield taken

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resect.blocks.hooks import Hook
 from resect.blocks.ranks import meeting_place, said_by_all, several_ranks
 from resect.errors import AttachError, InputError, quoted
 from resect.train.draws import draw_closed
-from resect.train.hooks import Hook
 
 _FAILED = "could not"
 _AHEAD = 1000  # steps at which schedules are compared, beside the current one

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from resect.train.hooks import accumulating_in_silence
+from resect.blocks.hooks import accumulating_in_silence
 
 GRADIENT = "gradient of"
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resect.blocks.hooks import Hook
 from resect.blocks.recompute import is_recomputing
 from resect.errors import InputError
-from resect.train.hooks import Hook
 
 
 class Consistency:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from resect.blocks.gate import Gates, Which
+from resect.blocks.hooks import Hook
 from resect.errors import check_all
 from resect.train.draws import draw_subset
 from resect.train.effective_paths import keep_problems
 from resect.train.freeze import Parts, check_modes
-from resect.train.hooks import Hook
 from resect.train.method import Method
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resect.blocks.gate import Gates, Which
+from resect.blocks.hooks import Hook
 from resect.errors import AttachError
 from resect.train.consistency import Consistency
 from resect.train.draws import draw_closed
 from resect.train.dropping import OwnDrop, Scaling, Scheduled
 from resect.train.freeze import Norms, Stillness, check_modes
-from resect.train.hooks import Hook
 from resect.train.masks import Compute, Per
 from resect.train.method import Batch
 from resect.train.phases import Alternation, Kind

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.example import Example
+from resect.blocks.hooks import Hook
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.errors import AttachError
-from resect.train.hooks import Hook
 from resect.train.masks import SampleMasks, over_samples
 
 

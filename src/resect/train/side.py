@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import device_of
+from resect.blocks.hooks import Hook
 from resect.blocks.modes import kept_modes
 from resect.blocks.ranks import mean_over_ranks
 from resect.blocks.recompute import is_recomputing
 from resect.errors import AttachError, InputError
 from resect.train.draws import generator
-from resect.train.hooks import Hook
 
 
 class SideHead(nn.Module):

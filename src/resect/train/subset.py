@@ -15,6 +15,7 @@ from resect.blocks.axes import Axes
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.example import Example
 from resect.blocks.gate import Gates
+from resect.blocks.hooks import Hook
 from resect.blocks.inflight import InFlight, settled
 from resect.blocks.modes import Buffers, kept_modes
 from resect.blocks.rows import Rows
@@ -25,7 +26,6 @@ from resect.blocks.verify import at_fault
 from resect.errors import AttachError, check_all
 from resect.train.alike import GRADIENT, difference, gradients
 from resect.train.freeze import branch_modules
-from resect.train.hooks import Hook
 from resect.train.masks import Compute, over_samples
 from resect.train.steady import Steady
 

@@ -14,12 +14,12 @@ from resect.blocks.block import Blocks
 from resect.blocks.compiled import by_owner
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import held
+from resect.blocks.hooks import accumulating_in_silence
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.state import Mode
 from resect.blocks.template import tensors_in
 from resect.blocks.unwrap import eager, is_compiled
 from resect.errors import AttachError
-from resect.train.hooks import accumulating_in_silence
 
 
 class Warmable:
