@@ -6,8 +6,10 @@ import errno
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,9 +80,10 @@ def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in _DISK:
-            raise _not_written(path, error) from error
+    except (OSError, SafetensorError) as error:
+        said = error if isinstance(error, OSError) else _os_error(error)
+        if said.errno in _DISK:
+            raise _not_written(path, said) from error
         raise
     finally:
         if old.exists() and not path.exists():
@@ -129,10 +132,46 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise FileError(f"{str(path)!r} is not a safetensors file: {error}.") from error
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise ``FileError`` if a file is a pickle, or a folder holds such weights alone; say how to make safetensors.
+
+    A pickle can run any code when it is read. It is known by its first bytes; that of ``torch.save`` is in an archive.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    if any(file.suffix == ".safetensors" for file in files):
+        return
+    for file in filter(_is_pickle, files):
+        raise FileError(
+            f"{str(file)!r} is a pickle, which can run any code when it is read, so Resect reads none. Make safetensors "
+            "of its weights:\n"
+            f"  model.load_state_dict(torch.load({str(file)!r}, weights_only=True))\n"
+            "  safetensors.torch.save_model(model, 'model.safetensors')\n"
+            "A cut model is written by resect.save(small, FOLDER), in the program that has it."
+        )
+
+
+def _is_pickle(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/data.pkl") and name.count("/") == 1 for name in archive.namelist())
+    with file.open("rb") as opened:
+        begins = opened.read(2)
+    return begins[:1] == b"\x80" and begins[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _os_error(error: SafetensorError) -> OSError:
+    """Return what the system said to safetensors, which tells it in words alone: "… (os error 28)"."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number))
 
 
 def _make_parent(path: Path) -> None:

@@ -16,6 +16,7 @@ import resect
 from resect.blocks.block import Blocks
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, check_all
+from resect.files import refuse_pickle
 from resect.lab import registry, runs
 from resect.lab.config.method import EpsilonGateConfig
 from resect.lab.data import Data, data_by_name, in_batches, open_data
@@ -98,6 +99,7 @@ def open_model(
     folder = Path(name)
     looks_like_path = folder.exists() or "/" in name.partition(":")[0]
     if folder.is_file():
+        refuse_pickle(folder)
         raise FileError(
             f"{name!r} is a file. This command takes models by name and folders; for a model of your own, in Python: "
             "print(resect.find_blocks(model, example))."

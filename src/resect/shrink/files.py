@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from resect import __version__
 from resect.blocks.gate import check_detached
 from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, ResectError, check_all
-from resect.files import read_tensors, sha256_of, whole_folder
+from resect.files import read_tensors, refuse_pickle, sha256_of, whole_folder
+from resect.shrink.card import card
 from resect.shrink.compact import delete_layers
 from resect.shrink.history import COMPACT, REPLACED
 from resect.shrink.remove import copied, take_out
@@ -24,13 +26,15 @@ from resect.shrink.standin import linear_of, stand_in
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
 BASE = "base.json"
+CARD = "README.md"
 
 
 def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None = None) -> None:
-    """Write a cut model to a folder: ``model.safetensors`` and ``plan.json``.
+    """Write a cut model to a folder: ``model.safetensors``, ``plan.json`` and a model card, ``README.md``.
 
     The folder appears whole or not at all; an earlier one at the same place is replaced only then.
-    ``base`` is JSON that says how to build the uncut model, kept beside it in ``base.json``.
+    ``base`` is JSON that says how to build the uncut model, kept beside it in ``base.json``. The card says what was cut
+    from what, why (the plan's scores and evidence), and how to load it.
 
     Raises
     ------
@@ -44,13 +48,18 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
             "Save an uncut model with safetensors.torch.save_model."
         )
     check_detached(small)
-    with whole_folder(Path(path), own=(WEIGHTS, PLAN, BASE)) as folder:
+    with whole_folder(Path(path), own=(WEIGHTS, PLAN, BASE, CARD)) as folder:
         save_model(small, str(folder / WEIGHTS))
-        files = {WEIGHTS: sha256_of(folder / WEIGHTS)}
-        document = {**plan.to_json(), "resect": __version__, "files": files}
-        (folder / PLAN).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (folder / PLAN).write_text(plan_document(plan, folder / WEIGHTS), encoding="utf-8")
+        (folder / CARD).write_text(card(small, plan), encoding="utf-8")
         if base is not None:
             (folder / BASE).write_text(json.dumps(base, indent=1), encoding="utf-8")
+
+
+def plan_document(plan: Plan, weights: Path) -> str:
+    """Return what ``plan.json`` holds beside a file of weights: the plan, and the hash by which they are checked."""
+    files = {WEIGHTS: sha256_of(weights)}
+    return json.dumps({**plan.to_json(), "resect": __version__, "files": files}, indent=1)
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -67,10 +76,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
     Raises
     ------
-    FileError: the folder is missing, incomplete, damaged (its hash differs) or not written by Resect.
+    FileError: the folder is missing, incomplete, damaged (its hash differs) or not written by Resect; a pickle.
     InputError: ``model`` is not the architecture that was cut; every difference is listed.
     """
     folder = Path(path)
+    refuse_pickle(folder)
     plan, hashes = _read_plan(folder)
     if WEIGHTS not in hashes:
         raise FileError(f"{str(folder)!r} is not a model saved by resect.save: its {PLAN} is a plan alone.")
@@ -81,6 +91,18 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     missing = [f"no module {name!r}" for block in plan.blocks for name in block.modules if name not in modules]
     missing += [f"no parameter {name!r}" for b in plan.blocks for name in b.raw_parameters if name not in weights]
     check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
+    small = shaped(model, plan)
+    _check_fits(small, tensors, plan)
+    # Tied tensors are stored once: strict=False after the check above, which knows about ties.
+    small.load_state_dict(_with_versions(tensors, small), strict=False)
+    loaded = small.state_dict()
+    changed = [f"{key!r} is not what the file holds" for key in tensors if not _same(loaded[key], tensors[key])]
+    check_all(changed, "The weights did not survive loading (another dtype, or tied weights)")
+    return small
+
+
+def shaped(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of the uncut model without what a plan says is gone, its other weights as they are."""
     small = copied(model)
     stand_ins = {name: run["linear"] for name, run in plan.evidence.get(REPLACED, {}).items() if run["linear"]}
     for block in plan.blocks:
@@ -88,12 +110,6 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             stand_in(small, block, linear_of(stand_ins[block.name]))
     take_out(small, [block for block in plan.blocks if block.name not in stand_ins])
     delete_layers(small, plan.evidence.get(COMPACT, {}).get("layers", ()))
-    _check_fits(small, tensors, plan)
-    # Tied tensors are stored once: strict=False after the check above, which knows about ties.
-    small.load_state_dict(_with_versions(tensors, small), strict=False)
-    loaded = small.state_dict()
-    changed = [f"{key!r} is not what the file holds" for key in tensors if not _same(loaded[key], tensors[key])]
-    check_all(changed, "The weights did not survive loading (another dtype, or tied weights)")
     small.resect_plan = plan  # type: ignore[assignment]
     return small
 

@@ -1,0 +1,103 @@
+"""The model card of a cut model: what was cut from what, why, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from resect import __version__
+from resect.blocks.plan import Plan
+from resect.shrink.history import COMPACT, REPLACED
+
+
+def card(small: nn.Module, plan: Plan) -> str:
+    """Return the card as Markdown. It says no more than the plan knows."""
+    weights = sum(parameter.numel() for parameter in small.parameters())
+    replaced = plan.evidence.get(REPLACED, {})
+    how = (
+        "By linear maps in their place, so the outputs differ from those of the uncut model"
+        if replaced
+        else "When they were cut, what was left was proven equal, bit for bit, to the model with them closed"
+    )
+    return "\n".join(
+        [
+            f"# {plan.model or type(small).__name__}, cut",
+            "",
+            f"Cut from a {plan.model or type(small).__name__}: {len(plan.blocks)} of its residual blocks, listed below. "
+            f"{weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not recorded here "
+            "unless the evidence says so.",
+            "",
+            f"Chosen by: {plan.by}. Written by Resect {__version__}.",
+            "",
+            *_blocks(plan),
+            "",
+            *_replaced(replaced),
+            *_evidence(plan),
+            *_loading(small, plan),
+        ]
+    )
+
+
+def _blocks(plan: Plan) -> list[str]:
+    rows = [
+        f"| `{block.name}` | {block.shortcut} | {block.parameters:,} | {_number(plan.scores.get(block.name))} |"
+        for block in plan.blocks
+    ]
+    kept = {name: score for name, score in plan.scores.items() if name not in set(plan.names)}
+    least = min(kept, key=kept.__getitem__, default=None)
+    more = [] if least is None else ["", f"The lowest score that stayed: `{least}`, {_number(kept[least])}."]
+    return ["| gone | shortcut | parameters | score |", "|---|---|---|---|", *rows, *more]
+
+
+def _replaced(replaced: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"- {', '.join(f'`{name}`' for name in run['blocks'])}: "
+        + (f"merged into `{run['merged_into']}`" if run["merged_into"] else "one linear layer kept")
+        + f"; distance from the uncut model {run['error']:.3g}, without it {run['error_removed']:.3g}"
+        for run in replaced.values()
+    ]
+    return ["## In their place", "", *lines, ""] if lines else []
+
+
+def _evidence(plan: Plan) -> list[str]:
+    """Say what else the plan knows, as it says it."""
+    known = {key: value for key, value in plan.evidence.items() if key not in (COMPACT, REPLACED)}
+    if not known:
+        return []
+    return ["## Evidence", "", "```json", json.dumps(known, indent=1), "```", ""]
+
+
+def _loading(small: nn.Module, plan: Plan) -> list[str]:
+    home = type(small).__module__
+    lines = [
+        "## Loading",
+        "",
+        "With Resect, into the uncut model, freshly built (its weights do not matter; the hash of the file is checked):",
+        "",
+        "```python",
+        "import resect",
+        f"small = resect.load(FOLDER, model)  # model: the uncut {plan.model or type(small).__name__}",
+        "```",
+        "",
+    ]
+    compacted = plan.evidence.get(COMPACT)
+    if not compacted or any(run["linear"] for run in plan.evidence.get(REPLACED, {}).values()):
+        return [*lines, "Without Resect: export it, `resect.export(small, 'small.onnx', example=x)`.", ""]
+    other = {
+        "timm": "resect.integrations.timm.save(small, 'shorter.safetensors', x)",
+        "transformers": "resect.integrations.transformers.save(small, 'shorter', example)",
+    }.get(home.partition(".")[0])
+    layers = ", ".join(f"`{layer}`" for layer in compacted["layers"])
+    return [
+        *lines,
+        f"Without Resect: whole layers went ({layers}), so `model.safetensors` fits the same class built with fewer of "
+        "them" + (f"; `{other}` writes it so that the library loads it." if other else "."),
+        "",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4g}"
