@@ -142,8 +142,8 @@ def refuse_pickle(path: Path) -> None:
         return
     for file in filter(_is_pickle, files):
         raise FileError(
-            f"{str(file)!r} is a pickle, which can run any code when it is read, so Resect reads none. Make safetensors "
-            "of its weights:\n"
+            f"{str(file)!r} is a pickle, which can run any code when it is read, so Resect reads none. Make "
+            "safetensors of its weights:\n"
             f"  model.load_state_dict(torch.load({str(file)!r}, weights_only=True))\n"
             "  safetensors.torch.save_model(model, 'model.safetensors')\n"
             "A cut model is written by resect.save(small, FOLDER), in the program that has it."

@@ -26,9 +26,9 @@ def card(small: nn.Module, plan: Plan) -> str:
         [
             f"# {plan.model or type(small).__name__}, cut",
             "",
-            f"Cut from a {plan.model or type(small).__name__}: {len(plan.blocks)} of its residual blocks, listed below. "
-            f"{weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not recorded here "
-            "unless the evidence says so.",
+            f"Cut from a {plan.model or type(small).__name__}: {len(plan.blocks)} of its residual blocks, listed "
+            f"below. {weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not recorded "
+            "here unless the evidence says so.",
             "",
             f"Chosen by: {plan.by}. Written by Resect {__version__}.",
             "",
@@ -75,7 +75,7 @@ def _loading(small: nn.Module, plan: Plan) -> list[str]:
     lines = [
         "## Loading",
         "",
-        "With Resect, into the uncut model, freshly built (its weights do not matter; the hash of the file is checked):",
+        "With Resect, into the uncut model, freshly built, with any weights (the file is checked by its hash):",
         "",
         "```python",
         "import resect",
