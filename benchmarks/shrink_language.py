@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import resect
 from resect.files import write_text
 
-LENGTH, BATCH, RATE = 128, 16, 2e-3
+LENGTH, BATCH, RATE = 64, 16, 2e-3
 SHARE = 0.25
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("build/shrink-language"))
-    parser.add_argument("--steps", type=int, default=500, help="of training, 2,048 bytes each")
+    parser.add_argument("--steps", type=int, default=600, help="of training, 1,024 bytes each")
     parser.add_argument("--heal", type=int, default=50, help="steps of healing")
     parser.add_argument("--draws", type=int, default=5, help="of random choice")
     parser.add_argument("--seed", type=int, default=0)

@@ -333,6 +333,41 @@ def gate_closed() -> list[Row]:
     ]  # fmt: skip
 
 
+def cut_trade() -> list[Row]:
+    draw = random.Random(10)
+    choices = {"lesion, greedy": 0.002, "last": 0.006, "random": 0.005}
+    curves = [
+        {"choice": choice, "removed": k, "draw": i, "error": min(0.9, 0.06 + fall * k**2 * draw.uniform(0.7, 1.3)),
+         "ms": 12 - k, "flops": 81.0 - 8.7 * k}
+        for choice, fall in choices.items()
+        for k in range(7)
+        for i in range(3 if choice == "random" and k else 1)
+    ]  # fmt: skip
+    points = {"recovered": (5, 0.07, 7.2, 38.0), HOSTILE: (5, 0.08, None, 38.0)}
+    return curves + [
+        {"choice": name, "removed": k, "draw": 0, "error": error, "ms": ms, "flops": flops}
+        for name, (k, error, ms, flops) in points.items()
+    ]
+
+
+def cut_classes() -> list[Row]:
+    draw = random.Random(11)
+    return [
+        {"label": label, "net": net, "error": draw.uniform(0.02, 0.12) + more}
+        for net, more in {"uncut": 0.0, "cut": 0.05, "recovered": 0.01}.items()
+        for label in ("plane", "car", "bird", "cat", HOSTILE)
+    ]
+
+
+def cut_latency() -> list[Row]:
+    return [
+        {"net": net, "way": way, "batch": batch} | _time(full * share * speed)
+        for way, speed in {"eager": 1.0, "onnxruntime": 0.6}.items()
+        for batch, full in {1: 12.0, 32: 190.0}.items()
+        for net, share in {"uncut": 1.0, "cut": 0.62}.items()
+    ]
+
+
 ALL = {
     "chain": chain,
     "speed": speed,
@@ -359,4 +394,7 @@ ALL = {
     "probes": probes,
     "strict_identity": strict_identity,
     "gate_closed": gate_closed,
+    "cut_trade": cut_trade,
+    "cut_classes": cut_classes,
+    "cut_latency": cut_latency,
 }

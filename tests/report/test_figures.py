@@ -8,9 +8,10 @@ from PIL import Image
 from report_fakes import ALL, gradients, response
 
 from resect.errors import InputError
+from resect.report.about import ABOUT
 from resect.report.figures import FIGURES, VEGA_LITE
 from resect.report.measure_axis import spread
-from resect.report.schema import ABOUT, COLUMNS, NEEDS_ONE, check_rows
+from resect.report.schema import COLUMNS, NEEDS_ONE, check_rows
 
 
 def drawn(name: str, rows: list[dict]) -> str:
@@ -143,3 +144,42 @@ def test_the_spread_of_draws_is_students() -> None:
     assert high - mean == pytest.approx(3.182 * 1.2909944 / 2, abs=1e-4)
     assert mean - low == pytest.approx(high - mean)
     assert spread([0.3]) == (0.3, 0.3, 0.3)
+
+
+def test_the_trade_is_of_means_and_its_title_counts_from_the_whole_net() -> None:
+    def row(choice: str, removed: int, error: float, ms: float | None, draw: int = 0) -> dict:
+        return {"choice": choice, "removed": removed, "draw": draw, "error": error, "ms": ms, "flops": 100.0 - removed}
+
+    rows = [row("lesion", 0, 0.10, 10.0), row("lesion", 2, 0.109, 6.0), row("lesion", 4, 0.2, 4.0)]
+    rows += [row("random", 2, error, 7.0, draw) for draw, error in enumerate((0.2, 0.3, 0.4))]
+    rows += [row("recovered", 4, 0.11, None)]
+    chart = FIGURES["cut_trade"](rows).to_dict()
+    assert chart["title"]["text"] == "Chosen by “lesion”: 40 % of the time goes for at most 1 point more error"
+    time, flops = chart["hconcat"]
+    drawn = [row for layer in time["layer"] for row in data(layer)]
+    assert [row["error"] for row in drawn if row["choice"] == "random"] == pytest.approx([0.3])
+    assert not [row for row in drawn if row["choice"] == "recovered"]
+    assert [row["cost"] for layer in flops["layer"] for row in data(layer) if row["choice"] == "recovered"] == [96.0]
+
+
+def test_classes_that_lose_most_come_first_and_few_of_many_are_drawn() -> None:
+    rows = [
+        {"label": f"class {i}", "net": net, "error": 0.1 + change}
+        for i in range(50)
+        for net, change in {"uncut": 0.0, "cut": 0.002 * (i - 10)}.items()
+    ]
+    chart = FIGURES["cut_classes"](rows).to_dict()
+    assert chart["title"]["text"] == "Class that changes for the worst: class 49, +7.8 points"
+    order = [row["label"] for row in data(chart["layer"][0])]
+    assert order == [f"class {i}" for i in (*range(49, 29, -1), *range(9, -1, -1))]
+
+
+def test_a_chain_counts_what_is_gone_and_draws_it_empty() -> None:
+    rows = [row | {"gone": row["index"] in (1, 2)} for row in ALL["chain"]() if row["model"] == "cifar-resnet-110"]
+    chart = FIGURES["chain"](rows).to_dict()
+    assert chart["title"]["text"].startswith("2 of 54 residual blocks gone: ")
+    layers = chart["vconcat"][0]["layer"]
+    empty = [layer for layer in layers if isinstance(layer["mark"], dict) and layer["mark"].get("strokeDash")]
+    filled = [layer for layer in layers if isinstance(layer["mark"], dict) and layer["mark"].get("opacity") == 0.92]
+    assert [row["index"] for row in data(empty[0])] == [1, 2]
+    assert len(data(filled[0])) == 52

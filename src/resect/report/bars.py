@@ -44,7 +44,7 @@ def _panel(rows: list[dict[str, Any]], label: str, title: str, names: list[str],
         alt.Tooltip("low_ms:Q", format=".4g", title="lower quartile (ms)"),
         alt.Tooltip("high_ms:Q", format=".4g", title="upper quartile (ms)"),
     ]
-    bars = base.mark_bar(height={"band": 0.72}, cornerRadiusEnd=2).encode(
+    boxes = base.mark_bar(height={"band": 0.72}, cornerRadiusEnd=2).encode(
         x=x,
         color=alt.Color(f"{label}:N", scale=theme.palette(names, SHADES), legend=None),
         tooltip=tips,
@@ -53,10 +53,10 @@ def _panel(rows: list[dict[str, Any]], label: str, title: str, names: list[str],
     caps = [base.mark_tick(color=INK, size=9, thickness=1.4).encode(x=f"{end}:Q") for end in ("low_ms", "high_ms")]
     text = base.mark_text(align="left", dx=8, color=INK).encode(x="high_ms:Q", text="text:N")
     head = theme.panel_title(title)
-    return alt.layer(bars, whiskers, *caps, text, width=WIDTH - 70, height={"step": 27}, title=head)
+    return alt.layer(boxes, whiskers, *caps, text, width=WIDTH - 70, height={"step": 27}, title=head)
 
 
-def _bars(rows: list[dict[str, Any]], label: str, group: list[str]) -> Any:
+def bars(rows: list[dict[str, Any]], label: str, group: list[str]) -> Any:
     """One panel per group, each with a time axis of its own that starts at zero."""
     names = theme.in_order(row[label] for row in rows)
     keys = theme.in_order(tuple(row[column] for column in group) for row in rows)
@@ -69,7 +69,7 @@ def _bars(rows: list[dict[str, Any]], label: str, group: list[str]) -> Any:
     return alt.vconcat(*panels, spacing=20)
 
 
-def _ratio(rows: list[dict[str, Any]], label: str, group: list[str], last: str) -> list[float]:
+def ratios(rows: list[dict[str, Any]], label: str, group: list[str], last: str) -> list[float]:
     """Median of ``last`` over the median of the first row, per group."""
     found = []
     for key in theme.in_order(tuple(row[c] for c in group) for row in rows):
@@ -80,9 +80,9 @@ def _ratio(rows: list[dict[str, Any]], label: str, group: list[str], last: str) 
     return found
 
 
-def _span(ratios: list[float]) -> str:
+def span(shares: list[float]) -> str:
     """``47 %`` or ``47 to 58 %``."""
-    low, high = f"{100 * min(ratios):.0f}", f"{100 * max(ratios):.0f}"
+    low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
@@ -93,9 +93,9 @@ def speed(rows: list[dict[str, Any]]) -> Any:
     """Latency of each model whole, with half its blocks closed and with half removed."""
     rows = clean_rows("speed", rows)
     variants = theme.in_order(row["variant"] for row in rows)
-    ratios = _ratio(rows, "variant", ["model", "batch"], variants[-1])
-    title = f"“{variants[-1]}” takes {_span(ratios)} of the time of “{variants[0]}”" if ratios else "Latency"
-    return theme.finish(_bars(rows, "variant", ["model", "batch"]), title, WHISKERS + "Each panel has its own scale.")
+    found = ratios(rows, "variant", ["model", "batch"], variants[-1])
+    title = f"“{variants[-1]}” takes {span(found)} of the time of “{variants[0]}”" if found else "Latency"
+    return theme.finish(bars(rows, "variant", ["model", "batch"]), title, WHISKERS + "Each panel has its own scale.")
 
 
 def table_latency(rows: list[dict[str, Any]]) -> Any:
@@ -107,4 +107,4 @@ def table_latency(rows: list[dict[str, Any]]) -> Any:
         best = min((r for r in rows if r["batch"] == batch), key=lambda r: r["median_ms"])
         fastest.append(f"{best['median_ms']:.3g} ms for “{best['net']}” at batch {batch}")
     title = f"Latency of {theme.plural(len(nets), 'net')}; shortest: {', '.join(fastest)}"
-    return theme.finish(_bars(rows, "net", ["batch"]), title, WHISKERS + "Each panel has its own scale.")
+    return theme.finish(bars(rows, "net", ["batch"]), title, WHISKERS + "Each panel has its own scale.")

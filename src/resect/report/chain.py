@@ -118,8 +118,14 @@ def _strip(model: str, rows: list[dict[str, Any]], parts: list[str], kinds: list
     arrow = at(ends, "b", "y").mark_point(shape="triangle-right", size=60, filled=True, color=INK, opacity=1)
     legs = [{"x": box[side], "foot": 0, "head": STEM} for box in boxes for side in ("left", "right")]
     stems = at(legs, "x", "foot").mark_rule(strokeWidth=1.1, color=SOFT).encode(y2="head:Q")
+    gone = [box for box in boxes if box["gone"]]
+    outlines = (
+        at(gone, "left", "foot")
+        .mark_rect(cornerRadius=2.5, filled=False, strokeWidth=1.3, strokeDash=[3, 2])
+        .encode(x2="right:Q", y2="head:Q", stroke=alt.Color("part:N", scale=scale, legend=None), tooltip=tips)
+    )
     branches = (
-        at(boxes, "left", "foot")
+        at([box for box in boxes if not box["gone"]], "left", "foot")
         .mark_rect(cornerRadius=2.5, opacity=0.92)
         .encode(x2="right:Q", y2="head:Q", color=colour, tooltip=tips)
     )
@@ -161,7 +167,9 @@ def _strip(model: str, rows: list[dict[str, Any]], parts: list[str], kinds: list
     layers = (
         [line]
         + ([detour] if marks else [])
-        + [arrow, stems, branches, sums, brackets, names, sizes]
+        + [arrow, stems, branches]
+        + ([outlines] if gone else [])
+        + [sums, brackets, names, sizes]
         + ([special] if marks else [])
     )
     head = alt.Title(
@@ -181,8 +189,11 @@ def chain(rows: list[dict[str, Any]]) -> Any:
     strips = [_strip(model, [r for r in rows if r["model"] == model], parts, kinds) for model in models]
     identity = sum(row["shortcut"] == "identity" for row in rows)
     many = "all" if identity == len(rows) > 1 else f"{identity} of them"
-    return theme.finish(
-        alt.vconcat(*strips, spacing=22),
-        f"{theme.plural(len(rows), 'residual block')} found, {many} with an identity shortcut",
-        "Box height: parameters of the branch, to scale within each model. The data flow from left to right.",
-    )
+    title = f"{theme.plural(len(rows), 'residual block')} found, {many} with an identity shortcut"
+    notes = ["Box height: parameters of the branch, to scale within each model. The data flow from left to right."]
+    gone = [row["parameters"] for row in rows if row["gone"]]
+    if gone:
+        share = 100 * sum(gone) / (sum(row["parameters"] for row in rows) or 1)
+        title = f"{len(gone)} of {theme.plural(len(rows), 'residual block')} gone: {share:.0f} % of their parameters"
+        notes.append("Empty outlines: blocks that are gone; their shortcuts stay.")
+    return theme.finish(alt.vconcat(*strips, spacing=22), title, notes)

@@ -16,6 +16,7 @@ from resect.report import theme
 from resect.report.bars import speed, table_latency
 from resect.report.chain import chain
 from resect.report.curves import response, training
+from resect.report.cutting import cut_classes, cut_latency, cut_trade
 from resect.report.depths import angular_distance, cka
 from resect.report.lesion_rows import lesion_figures
 from resect.report.lesions import lesion_each, lesion_random
@@ -55,6 +56,9 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "probes": probes,
     "strict_identity": strict_identity,
     "gate_closed": gate_closed,
+    "cut_trade": cut_trade,
+    "cut_classes": cut_classes,
+    "cut_latency": cut_latency,
 }
 
 # The vega-lite version that the installed altair writes for, "v6.4.1" as "6.4".

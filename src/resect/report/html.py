@@ -16,9 +16,10 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from resect.errors import FileError, InputError, ResectError, check_all, unknown
+from resect.report.about import ABOUT
 from resect.report.figures import FIGURES, VEGA_LITE, save
 from resect.report.rows import plain, read_json, read_rows, write_file, write_json, write_rows
-from resect.report.schema import ABOUT, COLUMNS, check_rows
+from resect.report.schema import COLUMNS, check_rows
 from resect.report.tables import table
 
 FORMAT = "resect report 1"
