@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import pickle
 
 import pytest
@@ -35,6 +36,13 @@ class SumRecorder(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def built(family):
+    model, x, blocks = found(family)
+    torch.manual_seed(0)
+    return copy.deepcopy(model), x.clone(), blocks
+
+
+@functools.cache
+def found(family):
     model, x = FAMILIES[family]()
     return model, x, resect.find_blocks(model, x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -89,6 +90,14 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def setup(family):
+    model, x, blocks, level = looked_at(family)
+    torch.manual_seed(0)  # the same draws whichever test comes first
+    return copy.deepcopy(model).train(), x.clone(), blocks, level
+
+
+@functools.cache
+def looked_at(family):
+    """A model that no test touches, its input, blocks, and the median of their largest responses."""
     from resect.blocks.response import watch
 
     model, x = FAMILIES[family]()
@@ -96,13 +105,12 @@ def setup(family):
         if type(module).__name__ == "DropPath":
             module.drop_prob = 0.0
     blocks = resect.find_blocks(model, x)
+    untouched = copy.deepcopy(model)
     model.train()
     with torch.no_grad(), resect.gates(model, blocks) as gates:
         largest = watch(gates)
         model(x)
-    model.load_state_dict(FAMILIES[family]()[0].state_dict())  # batch statistics moved
-    level = sorted(largest.values())[len(largest) // 2]
-    return model, x, blocks, level
+    return untouched, x, blocks, sorted(largest.values())[len(largest) // 2]
 
 
 def step(model, x, optimizer, method=None):
