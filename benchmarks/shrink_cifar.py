@@ -67,7 +67,7 @@ class Nets:
         print("  gone: " + ", ".join(block.owner for block in self.plans[key].blocks), flush=True)
         return self.plans[key]
 
-    def partial(self, by: str, **options: Any) -> nn.Module:
+    def cut(self, by: str, **options: Any) -> nn.Module:
         """The net without the blocks that a score names."""
         return resect.remove(self.model, self.blocks, self.plan(by, **options))
 

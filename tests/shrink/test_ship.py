@@ -90,7 +90,7 @@ def test_what_is_damaged_or_foreign_is_told_from_what_is_not(tmp_path):
         with pytest.raises(FileError, match=message):
             resect.load(folder, fresh)
         (folder / name).write_bytes(whole[name])
-    with pytest.raises(FileError, match="it has no plan.json"):
+    with pytest.raises(FileError, match=r"it has no plan\.json"):
         resect.load(tmp_path / "nowhere", fresh)
     with pytest.raises(InputError, match="is not the Net that was cut"):
         resect.load(folder, Net((False,) * 4, width=7))

@@ -27,8 +27,8 @@ def card(small: nn.Module, plan: Plan) -> str:
             f"# {plan.model or type(small).__name__}, cut",
             "",
             f"Cut from a {plan.model or type(small).__name__}: {len(plan.blocks)} of its residual blocks, listed "
-            f"below. {weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not recorded "
-            "here unless the evidence says so.",
+            f"below. {weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not "
+            "recorded here unless the evidence says so.",
             "",
             f"Chosen by: {plan.by}. Written by Resect {__version__}.",
             "",
