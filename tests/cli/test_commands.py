@@ -53,6 +53,30 @@ def test_the_steps_alone(resect, tmp_path):
     assert "≥ 3" in out
     assert (tmp_path / "figures2" / "gradients.png").is_file()
 
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = resect(
+        "shrink",
+        "runs/a",
+        "--target-latency",
+        "0.8",
+        "--keep",
+        "layer1.0",
+        "--by",
+        "size",
+        "--limit",
+        "64",
+        "--dry-run",
+    )
+    assert code == 0, out
+    assert "Choosing takes about" in err
+    assert "Latency at batch 32: " in out
+    assert "on 64 training images, before recovery: " in out
+    assert "layer1.0/" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    code, out, err = resect("shrink", "runs/a", "--at-most-worse", "100", "--limit", "64", "--out", "cut")
+    assert code == 0, err
+    assert "6 residual blocks to go" in out
+
     code, out, _ = resect("shrink", "runs/a", "--blocks", "2", "--out", "cut")
     assert code == 0, out
     assert "Proven equal" in out
@@ -88,6 +112,14 @@ def test_the_steps_alone(resect, tmp_path):
         (["lesion", "cifar-resnet-8", "--data", "digits", "--random", "two", "--limit", "8"], "whole numbers"),
         (["lesion", "torchvision:vgg11", "-o", "num_classes=10", "--data", "digits"], ""),
         (["shrink", "cifar-resnet-8", "--out", "x"], "Nothing says which blocks"),
+        (["shrink", "cifar-resnet-8", "--blocks", "1"], "Give --out FOLDER, or --dry-run"),
+        (["shrink", "cifar-resnet-8", "--fewer", "latncy=0.3,flops=2", "--dry-run"], "did you mean 'latency'"),
+        (["shrink", "cifar-resnet-8", "--fewer", "latency", "--dry-run"], "must look like latency=0.3"),
+        (["shrink", "cifar-resnet-8", "--target-latency", "30", "--dry-run"], "0.7 for 30 % less"),
+        (["shrink", "cifar-resnet-8", "--blocks", "1", "--by", "lesions", "--dry-run"], "Did you mean 'lesion'"),
+        (["shrink", "cifar-resnet-8", "--by", "size", "--dry-run"], "Say how much shall go"),
+        (["shrink", "cifar-resnet-8", "--blocks", "1", "--names", "layer1.0", "--dry-run"], "Give one of --names"),
+        (["shrink", "cifar-resnet-8", "--blocks", "1", "--dry-run"], "has no data of its own"),
         (["shrink", "cifar-resnet-8", "--out", "x", "--names", "layer9.1"], "Unknown residual block"),
         (["shrink", "cifar-resnet-8", "--out", "x", "--plan", "no.json"], "Cannot read the plan"),
         (["report", "."], "no report folder"),

@@ -8,13 +8,34 @@ from typing import Annotated
 import typer
 
 from resect.cli.common import Data, DataOptions, Model, Options, app, err, need_blocks, out
+from resect.errors import InputError
+
+_FEWER = typer.Option("--fewer", help="the share to lose at least: latency=0.3,flops=0.2,parameters=0.1")
+_LATENCY = typer.Option(
+    "--target-latency", help="the share of latency to be left, measured here at batch 1 and 32: 0.7"
+)
+_WORSE = typer.Option(
+    "--at-most-worse", help="points of error (of text: of perplexity) that it may cost before recovery"
+)
+_BY = typer.Option(help="lesion, influence, angle, size, taylor, recoverability, random or last")
+_SEARCH = typer.Option(help="once, greedy (scored again after each cut), beam, or runs of neighbours")
+_UNIT = typer.Option(help="block or layer; default: layer where layers hold several blocks")
 
 
 @app.command()
 def shrink(
     model: Model,
-    to: Annotated[Path, typer.Option("--out", help="folder for the cut model")],
-    number: Annotated[int | None, typer.Option("--blocks", min=1, help="cut this many, those missed least")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="folder for the cut model")] = None,
+    number: Annotated[
+        int | None, typer.Option("--blocks", min=1, help="cut this many units, those missed least")
+    ] = None,
+    fewer: Annotated[str, _FEWER] = "",
+    target_latency: Annotated[float | None, _LATENCY] = None,
+    worse: Annotated[float | None, _WORSE] = None,
+    keep: Annotated[str, typer.Option(help="never cut these: layer1.0,layer2.0")] = "",
+    by: Annotated[str, _BY] = "lesion",
+    search: Annotated[str, _SEARCH] = "once",
+    unit: Annotated[str | None, _UNIT] = None,
     names: Annotated[str | None, typer.Option(help="cut these: layer3.4,layer3.5")] = None,
     plan: Annotated[Path | None, typer.Option(help="cut what this plan.json says")] = None,
     option: Options = None,
@@ -23,25 +44,41 @@ def shrink(
     limit: Annotated[int, typer.Option(min=1, help="rank, and fit, on this many training images")] = 1000,
     replace: Annotated[bool, typer.Option("--replace", help="fit a linear map in the place of what is cut")] = False,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
 
-    Without --blocks, --names or --plan, a run trained with the ε-gate is cut by its own plan.json.
+    Without a word on what shall go, a run trained with the ε-gate is cut by its own plan.json.
 
     Example: [bold]resect shrink runs/digits-epsilon --out cut[/bold]
+
+    Faster by 30 %: [bold]resect shrink runs/vit --target-latency 0.7 --search greedy --dry-run[/bold]
     """
     import resect
     from resect.blocks.plan import Plan
+    from resect.lab.choosing import choose_plan, expected, read_wishes
     from resect.lab.display import progress_bar
     from resect.lab.evaluate import evaluate
-    from resect.lab.open import choose_plan, open_model, save_cut
+    from resect.lab.open import open_model, save_cut
     from resect.lab.text import TextData
 
+    wishes = read_wishes(
+        fewer, target_latency, keep, number=number, names=names, file=plan, worse=worse, by=by, search=search,
+        unit=unit, limit=limit,
+    )  # fmt: skip
+    if to is None and not dry:
+        raise InputError("Where shall the cut model go? Give --out FOLDER, or --dry-run to see what to expect.")
     opened = open_model(model, option or (), data, data_option or ())
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
     with progress_bar(err) as display:
-        chosen = choose_plan(opened, blocks, number, names, plan, limit, display)
+        chosen = choose_plan(opened, blocks, wishes, display, lambda line: err.print(line, highlight=False))
+    if to is None or dry:
+        out.print(str(chosen), highlight=False)
+        for line in expected(opened, blocks, chosen, limit):
+            out.print(line, highlight=False)
+        out.print("A dry run: nothing was cut or written.")
+        return
     if replace:
         small = resect.replace(opened.model, blocks, chosen, opened.batches("train", limit), samples=limit)
     else:

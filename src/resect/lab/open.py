@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import resect
-from resect.blocks.block import Blocks
-from resect.blocks.plan import Plan
 from resect.errors import FileError, InputError, check_all
 from resect.files import refuse_pickle
 from resect.lab import registry, runs
 from resect.lab.config.method import EpsilonGateConfig
 from resect.lab.data import Data, data_by_name, in_batches, open_data
-from resect.lab.display import Bars
 from resect.lab.recipe import Recipe, parse
 from resect.lab.text import TextData, open_text
 
@@ -172,41 +168,6 @@ def _open_cut(folder: Path) -> Opened:
     data = open_data(recipe.data.name, **recipe.data.options)
     model = resect.load(folder, runs.build_model(recipe, data)).eval()
     return Opened(f"cut {recipe.model.name}", model, recipe, data, folder)
-
-
-def choose_plan(
-    opened: Opened,
-    blocks: Blocks,
-    number: int | None,
-    names: str | None,
-    file: Path | None,
-    limit: int | None,
-    display: Bars,
-) -> Plan:
-    """Return the plan meant by ``resect shrink``: a number of blocks, names, a file, or the run's own plan.
-
-    Raises ``InputError`` when more than one is given, none, or a plan that cuts nothing.
-    """
-    if sum(choice is not None for choice in (number, names, file)) > 1:
-        raise InputError("Give one of --blocks, --names and --plan.")
-    own = opened.folder / "plan.json" if opened.folder else None
-    if number is not None:
-        data = opened.batches("train", limit)
-        ranking = resect.rank(
-            opened.model, blocks, data, metric="cross_entropy", progress=functools.partial(display.steps, "ranked")
-        )
-        return ranking.choose(number)
-    if names is not None:
-        return Plan.of(blocks, [name.strip() for name in names.split(",")])
-    if file is None and (own is None or not own.exists()):
-        raise InputError("Nothing says which blocks to cut. Give --blocks N, --names a,b or --plan FILE.")
-    plan = Plan.load(file or own)  # type: ignore[arg-type]
-    if not plan.blocks:
-        raise InputError(
-            "This plan cuts nothing: no block was muted in every step of the last epochs. "
-            "Train longer, or cut the blocks that are missed least: --blocks N."
-        )
-    return plan
 
 
 def save_cut(small: nn.Module, folder: Path, source: Opened) -> None:

@@ -16,7 +16,7 @@ from resect.blocks.cost import count_flops, resized, samples_in
 from resect.blocks.example import Example, device_of
 from resect.blocks.gate import Which, check_detached, resolve
 from resect.blocks.unwrap import unwrap
-from resect.errors import BlocksError, InputError, unknown
+from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
 from resect.shrink.remove import take_out
 from resect.shrink.timed import Latency, timed
 
@@ -163,3 +163,17 @@ def without(model: nn.Module, blocks: Blocks, names: Collection[str]) -> nn.Modu
     if names:
         take_out(net, blocks.select(names))
     return net
+
+
+def check_shares(fewer: Any) -> None:
+    """Raise ``InputError`` unless ``fewer`` is ``{quantity: share}``, with everything that is wrong with it."""
+    if not isinstance(fewer, Mapping) or not fewer:
+        raise InputError(f"fewer must name shares, for instance {{'latency': 0.3}}, not {fewer!r}.")
+    wrong = []
+    for quantity, share in fewer.items():
+        if quantity not in QUANTITIES:
+            near = nearest(str(quantity), QUANTITIES)
+            wrong.append(f"{quantity!r} is none of {quoted(QUANTITIES)}" + f"; did you mean {near[0]!r}?" * bool(near))
+        elif isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            wrong.append(f"{quantity}: {share!r} must be a share above 0 and below 1, 0.3 for 30 %")
+    check_all(wrong, "fewer")

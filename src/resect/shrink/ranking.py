@@ -14,8 +14,8 @@ from resect.blocks.example import Forward, forward_batch
 from resect.blocks.measure import Progress, measure_closed
 from resect.blocks.metrics import Metric, metric_label
 from resect.blocks.plan import Plan
-from resect.errors import InputError, check_all, nearest, quoted
-from resect.shrink.costs import QUANTITIES, BlockCosts
+from resect.errors import InputError, quoted
+from resect.shrink.costs import QUANTITIES, BlockCosts, check_shares
 from resect.shrink.search import in_order
 
 CONTROLS = ("random", "last")
@@ -131,18 +131,8 @@ class Ranking:
         most = len(self.scores)
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= most):
             raise InputError(f"choose(n={n!r}): n must be a whole number from 1 to {most}, the {self.unit}s ranked.")
-        if fewer is not None and (not isinstance(fewer, Mapping) or not fewer):
-            raise InputError(f"fewer must name shares, for instance {{'latency': 0.3}}, not {fewer!r}.")
-        wrong = []
-        for quantity, share in (fewer or {}).items():
-            if quantity not in QUANTITIES:
-                near = nearest(str(quantity), QUANTITIES)
-                wrong.append(
-                    f"{quantity!r} is none of {quoted(QUANTITIES)}" + f"; did you mean {near[0]!r}?" * bool(near)
-                )
-            elif isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-                wrong.append(f"{quantity}: {share!r} must be a share above 0 and below 1, 0.3 for 30 %")
-        check_all(wrong, "fewer")
+        if fewer is not None:
+            check_shares(fewer)
         if worse is not None and (isinstance(worse, bool) or not isinstance(worse, (int, float)) or not worse >= 0):
             raise InputError(f"at_most_worse must be a number from 0 up, in units of the metric, not {worse!r}.")
         if fewer and costs is None:
@@ -152,11 +142,8 @@ class Ranking:
 
     def _kept(self, keep: str | Iterable[str]) -> set[str]:
         """The units that must stay, by their own names or those of their blocks."""
-        kept = set()
-        for name in [keep] if isinstance(keep, str) else keep:
-            blocks = {name} if name in self.units else {self.blocks[name].name}
-            kept |= {unit for unit, names in self.units.items() if unit in blocks or blocks & set(names)}
-        return kept
+        kept = {name for key in ([keep] if isinstance(keep, str) else keep) for name in meant(self.blocks, key)}
+        return {unit for unit, names in self.units.items() if kept & set(names)}
 
     def _without(self, kept: set[str]) -> tuple[Rung, ...]:
         """The ladder without what must stay; a rung that this changes was not measured."""
@@ -265,3 +252,9 @@ def quoted_plain(names: Collection[str]) -> str:
     """``a, b``, or ``a … z (5)`` of many."""
     items = list(names)
     return ", ".join(items) if len(items) < 4 else f"{items[0]} … {items[-1]} ({len(items)})"
+
+
+def meant(blocks: Blocks, name: str) -> list[str]:
+    """Return the names of the blocks that a name means: one block, or all of a layer or an owner."""
+    layer = blocks.layers().get(name)
+    return layer.names if layer else [b.name for b in blocks if b.owner == name] or [blocks[name].name]

@@ -118,8 +118,16 @@ def _now() -> float:
 
 
 def _summary(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Return the median of each stretch over the rounds, and its standard error."""
-    quartiles = [statistics.quantiles(column, n=4, method="inclusive") for column in zip(*rows, strict=True)]
+    """Return the median of each stretch over the rounds, and its standard error.
+
+    A round on a busy machine is slow as a whole, and says little of how stretches compare: it is brought to the pace
+    of the others first.
+    """
+    times = torch.tensor(rows, dtype=torch.float64)
+    usual = times.median(dim=0).values
+    pace = (times / torch.where(usual > 0, usual, torch.nan)).nanmedian(dim=1).values
+    times = times / torch.where(pace > 0, pace, 1.0)[:, None]
+    quartiles = [statistics.quantiles(column, n=4, method="inclusive") for column in times.T.tolist()]
     low, median, high = torch.tensor(quartiles, dtype=torch.float64).T
     return median.clone(), (high - low) / _NORMAL * (torch.pi / 2 / len(rows)) ** 0.5
 
