@@ -11,10 +11,12 @@ from nets import Net
 from torch import nn
 
 import resect
-from resect.blocks.example import Example
+from resect.blocks.example import Example, forward_batch
 from resect.errors import BlocksError, InputError
 from resect.shrink import search
+from resect.shrink.missed import Missed
 from resect.shrink.recoverability import recoverability
+from resect.shrink.streams import stream_scores
 
 pytestmark = pytest.mark.core
 
@@ -292,3 +294,24 @@ def test_runs_do_not_cross_another_shortcut():
     assert blocks.names[0] not in ranking.ladder[2].units
     with pytest.raises(InputError, match=r"no set of 4 blocks.*choose\(n=3\)"):
         ranking.choose(n=4)
+
+
+def test_what_is_gone_already_is_closed_and_counts_as_gone(setup):
+    net, blocks, data = setup
+    gone, unit = ("layers.0/a",), ("layers.2/a",)
+    again = stream_scores(net, blocks, data, gone, [unit], "size", forward_batch)
+    with resect.closed(net, blocks.select(gone)):
+        assert again == stream_scores(net, blocks, data, (), [unit], "size", forward_batch)
+    assert again != stream_scores(net, blocks, data, (), [unit], "size", forward_batch)
+    missed = Missed(net, blocks, data, "cross_entropy", forward_batch, None)
+    both, first = (error_without(net, blocks, data, names) for names in ((*gone, *unit), gone))
+    missed.values([gone])
+    assert missed.rises(gone, [unit]) == pytest.approx([both - first])
+
+
+def test_what_is_missed_is_counted_per_gain():
+    assert [search.worth(*pair) for pair in ((2, 0.5), (0, 0.5), (-2, 0.5))] == [4, 0, -1]
+    rises = {0: 1.0, 1: 1.2, 2: -0.5}
+    gains = {(0,): 0.1, (1,): 0.4, (2,): 0.1}
+    order = search.greedy(3, 3, lambda _, sets: [rises[at] for (at,) in sets], gains.__getitem__)
+    assert list(order) == [(2,), (2, 1), (2, 1, 0)]
