@@ -43,6 +43,7 @@ _STORY = {
     "shrink.replace": ["replace"],
     "shrink.mimic": ["mimic"],
     "shrink.distill": ["Distillation"],
+    "shrink.gradual": ["shrink_gradually"],
     "shrink.files": ["load", "save"],
     "report.draw": ["draw"],
     "integrations.export": ["Exported", "export"],

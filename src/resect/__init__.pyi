@@ -47,6 +47,7 @@ from resect.shrink.remove import remove as remove
 from resect.shrink.replace import replace as replace
 from resect.shrink.mimic import mimic as mimic
 from resect.shrink.distill import Distillation as Distillation
+from resect.shrink.gradual import shrink_gradually as shrink_gradually
 from resect.shrink.files import load as load, save as save
 from resect.report.draw import draw as draw
 from resect.integrations.export import Exported as Exported, export as export

@@ -20,11 +20,16 @@ def train(
     ],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value, for instance train.epochs=3")] = None,
     to: Annotated[Path | None, typer.Option("--out", help="the run's folder (default: runs/RECIPE)")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="begin with the model in this folder: a run, or a cut model")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
 ) -> None:
     """Train a net by a recipe, with or without a training method on its residual blocks.
 
     Example: [bold]resect train digits-epsilon train.epochs=10 --out runs/epsilon[/bold]
+
+    A cut net, taught by the uncut one: [bold]resect train digits-plain --from cut distill.teacher=runs/full[/bold]
     """
     from resect.lab import runs
     from resect.lab.display import progress_bar
@@ -34,7 +39,7 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     speaks, tells = (err, out) if first else (Console(quiet=True), Console(quiet=True))
-    folder, wanted = runs.wanted(recipe, changes or (), to, resume)
+    folder, wanted = runs.wanted(recipe, changes or (), to, resume, start)
     again = shlex.join(["resect", "train", str(folder), "--resume"])
     with progress_bar(speaks) as display:
         tell = display.training(wanted.model.name, wanted.train.batch_size)

@@ -4,6 +4,6 @@ import importlib
 
 
 def __getattr__(name: str) -> object:
-    if name in ("lightning", "timm", "transformers"):
+    if name in ("lightning", "peft", "timm", "transformers"):
         return importlib.import_module(f"resect.integrations.{name}")
     raise AttributeError(f"module 'resect.integrations' has no attribute {name!r}")

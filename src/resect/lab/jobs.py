@@ -72,14 +72,17 @@ def write_removals(result: TrainResult, recipe: Recipe) -> None:
     stats = mean_std(data.train)
     blocks = resect.find_blocks(result.model, normalize(data.train.images[:64], *stats))
     plan = result.folder / "plan.json"
-    gone = Plan.load(plan).names if plan.is_file() else []
+    gone = Plan.load(plan).names if plan.is_file() and not hasattr(result.model, "resect_plan") else []
     rows = removal(result.model, blocks, normalize(data.test.images, *stats), data.test.labels, gone=gone)
     write_text(result.folder / "removal.json", json.dumps(rows))
 
 
 def write_plan(result: TrainResult, recipe: Recipe) -> None:
-    """Write what a trained ε-gate found superfluous to ``plan.json`` in the run's folder."""
-    if isinstance(result.method, resect.EpsilonGate):
+    """Write what a trained ε-gate found superfluous to ``plan.json`` in the run's folder.
+
+    That of a net cut before says what is gone already.
+    """
+    if isinstance(result.method, resect.EpsilonGate) and not hasattr(result.model, "resect_plan"):
         steps_per_epoch = result.method.steps // len(result.history)
         steps = steps_per_epoch * min(PLAN_EPOCHS, len(result.history))
         images, labels = open_data(recipe.data.name, **recipe.data.options).sample("test", PLAN_IMAGES)

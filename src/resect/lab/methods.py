@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import resect
 from resect.errors import ResectError
+from resect.lab.config.distill import DistillConfig
 from resect.lab.config.method import MethodConfig
 from resect.train.dropping import Dropping
 
@@ -55,6 +56,21 @@ def make_method(config: MethodConfig, model: nn.Module, optimizer: torch.optim.O
         blocks = blocks.kind("identity")
     made: Method = CLASSES[config.name](model, blocks, optimizer=optimizer, **config.options())
     return made
+
+
+def make_distillation(config: DistillConfig | None, model: nn.Module) -> resect.Distillation | None:
+    """The recipe's teacher for ``model``, on its device; None where the recipe has none.
+
+    Raises:
+        InputError: the teacher predicts other classes, or has no such modules.
+        FileError: its folder is neither a run nor a cut model.
+    """
+    if config is None:
+        return None
+    from resect.lab.open import open_model
+
+    teacher = open_model(config.teacher).model.to(next(model.parameters()).device)
+    return resect.Distillation(model, teacher, **config.options())
 
 
 def leaves_out(config: MethodConfig | None) -> bool:

@@ -13,23 +13,27 @@ from pydantic import ValidationError, model_validator
 from resect.errors import FileError, InputError, check_all, unknown
 from resect.lab.config.base import Config
 from resect.lab.config.data import DataConfig
+from resect.lab.config.distill import DistillConfig
 from resect.lab.config.method import METHODS, EpsilonGateConfig, MethodConfig
 from resect.lab.config.model import ModelConfig
 from resect.lab.config.train import TrainConfig
 
 
 class Recipe(Config):
-    """One training run: `model`, `data`, `train`, and a `method` or none."""
+    """One training run: `model`, `data`, `train`, a `method` or none, and `distill` where a teacher helps."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig | None = None
+    distill: DistillConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.train.schedule == "adaptive" and not isinstance(self.method, EpsilonGateConfig):
             raise ValueError('train.schedule = "adaptive" follows muted blocks: it needs method.name = "epsilon-gate"')
+        if self.distill is not None and self.train.compile is True:
+            raise ValueError("train.compile = true does not go with a teacher, who watches the net: leave it out")
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -117,6 +121,8 @@ def _problem(error: Any) -> str:
     table: Any = Recipe
     if len(place) > 1 and place[1] in METHODS:  # pydantic names the member of the union that it tried
         table = METHODS[place.pop(1)]
+    elif place[:1] == ["distill"]:
+        table = DistillConfig
     elif place[:-1]:
         table = Recipe.model_fields[place[0]].annotation
     key = ".".join(map(str, place))

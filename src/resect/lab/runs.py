@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import resect
 from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import read_tensors, write_bytes
 from resect.lab import checkpoint
@@ -22,6 +23,7 @@ from resect.lab.data import Data, open_data
 from resect.lab.recipe import Recipe, differences, parse, read
 from resect.lab.registry import build, fit_options
 from resect.lab.tree import flatten
+from resect.shrink.files import PLAN, plan_document, plan_of
 
 FORMAT = "resect-run-1"
 
@@ -36,6 +38,41 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
             raise
         given = ", ".join(recipe.model.options)
         raise InputError(f"{error} The recipe gives it {given}; model.options={{}} leaves that out.") from error
+
+
+def starting_model(recipe: Recipe, data: Data) -> nn.Module:
+    """The recipe's model as training begins: freshly drawn, or what ``model.start`` says.
+
+    Raises:
+        InputError: the folder holds another model than the recipe's.
+        FileError: it holds none, or a damaged one.
+    """
+    model = build_model(recipe, data)
+    if recipe.model.start is None:
+        return model
+    folder = Path(recipe.model.start)
+    if (folder / "base.json").is_file():
+        return resect.load(folder, model)
+    started, other, _ = open_run(folder)
+    if other.model.name != recipe.model.name:
+        raise InputError(f"{folder} holds a {other.model.name}, and the recipe trains a {recipe.model.name}.")
+    return started
+
+
+def started_from(recipe: Recipe, folder: Path) -> Recipe:
+    """``recipe`` for the model in a folder, that of a run or a cut one, to begin from there.
+
+    Raises:
+        FileError: the folder does not say what its model was built from.
+    """
+    file = next((folder / name for name in ("base.json", "recipe.json") if (folder / name).is_file()), None)
+    if file is None:
+        raise FileError(
+            f"{str(folder)!r} is no run, and no model cut from one: it has neither recipe.json nor base.json. "
+            "`resect train` and `resect shrink` write such folders."
+        )
+    model = parse(_read_json(file), str(file)).model.model_dump()
+    return parse({**recipe.dump(), "model": {**model, "start": str(folder)}})
 
 
 @contextmanager
@@ -89,24 +126,33 @@ def recipe_of(folder: Path) -> Recipe:
     return parse(checkpoint.load(last)["recipe"], f"The recipe in {last}")
 
 
-def wanted(source: str, changes: Sequence[str], to: Path | None, resume: bool) -> tuple[Path, Recipe]:
+def wanted(
+    source: str, changes: Sequence[str], to: Path | None, resume: bool, start: Path | None = None
+) -> tuple[Path, Recipe]:
     """The folder and recipe that ``resect train`` is asked for; ``source``: a run to resume, or a recipe.
+
+    ``start``: the folder of the model to train, in place of the recipe's.
 
     Raises:
         InputError, FileError: as `recipe.read`; or there is nothing to resume.
     """
     if resume and Path(source).is_dir():
+        if start is not None:
+            raise InputError(f"{source} goes on from its own checkpoint: leave out --from.")
         if changes:
             raise InputError(f"{source} goes on as it was: leave out {', '.join(changes)}, or start a new run.")
         return Path(source), recipe_of(Path(source))
     folder = to or Path("runs") / Path(source).stem
     if resume:
         recipe_of(folder)
-    return folder, read(source, changes)
+    recipe = read(source, changes)
+    return folder, recipe if start is None else started_from(recipe, start)
 
 
 def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[str, Any]], **more: Any) -> None:
     """Write the four files of a finished run, metrics.json last: it makes the folder a run.
+
+    Of a cut net also plan.json, what is gone: `resect.load` takes the folder, too.
 
     Raises:
         FileError: a file could not be written; the ones it would have replaced are unchanged.
@@ -129,6 +175,8 @@ def finish(folder: Path, recipe: Recipe, model: nn.Module, history: list[dict[st
         **more,
     }
     write_bytes(folder / "model.safetensors", weights)
+    if (plan := plan_of(model)) is not None:
+        write_bytes(folder / PLAN, plan_document(plan, folder / "model.safetensors").encode())
     write_bytes(folder / "recipe.json", _json(recipe.dump()))
     write_bytes(folder / "history.csv", table.getvalue().encode())
     write_bytes(folder / "metrics.json", _json(metrics))
@@ -139,7 +187,7 @@ def initial_state(recipe: Recipe) -> dict[str, Tensor]:
     data = open_data(recipe.data.name, **recipe.data.options)
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.train.seed)
-        return build_model(recipe, data).state_dict()
+        return starting_model(recipe, data).state_dict()
 
 
 def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, Data]:
@@ -162,6 +210,8 @@ def open_run(folder: str | Path) -> tuple[nn.Module, Recipe, Data]:
     weights = read_tensors(folder / "model.safetensors", str(metrics.get("model_sha256")))
     data = open_data(recipe.data.name, **recipe.data.options)
     model = build_model(recipe, data)
+    if (folder / PLAN).is_file() and "files" in _read_json(folder / PLAN):
+        return resect.load(folder, model).eval(), recipe, data
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

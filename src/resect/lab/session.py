@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import resect
 from resect.lab import checkpoint, pace
 from resect.lab.data import Data, Source, open_source
 from resect.lab.evaluate import check_fit
-from resect.lab.methods import MakeMethod, Method, NoMethod
+from resect.lab.methods import MakeMethod, Method, NoMethod, make_distillation
 from resect.lab.optimize import make_optimizer
 from resect.lab.recipe import Recipe
 from resect.train.warmup import Warmable
@@ -36,6 +37,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     method: Method
     source: Source
+    distil: resect.Distillation | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # in place of `learning_rate`: steps every epoch
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -43,6 +45,18 @@ class Session:
     seconds: float = 0.0  # of this epoch, up to the last look
     writing: float = 0.0  # seconds spent on checkpoints by this process
     saved_at: float = field(default_factory=time.perf_counter)
+
+    def teaching(self) -> AbstractContextManager[Any]:
+        """In it the teacher, if there is one, watches the net."""
+        return self.distil or nullcontext()
+
+    def extra_loss(self, target: torch.Tensor) -> torch.Tensor | float:
+        """What the method and the teacher add to the loss of the latest forward pass."""
+        return self.method.extra_loss(target) + (self.distil.extra_loss() if self.distil else 0.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the history, by name."""
+        return self.method.metrics() | (self.distil.metrics() if self.distil else {})
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes, as a context."""
@@ -101,6 +115,8 @@ def start(
     if chosen is None and accelerator.is_main_process:  # the others wait, and do as it does
         chosen = pace.choose(recipe, model, example, labels, steps, say)
     (chosen,) = broadcast_object_list([chosen])
+    if recipe.distill is not None and chosen.compile:
+        chosen = replace(chosen, compile=False)  # the teacher watches what goes through the net
     chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
     method = make_method(recipe.method, model, optimizer, example) if recipe.method else NoMethod()
@@ -113,7 +129,8 @@ def start(
     net, optimizer = accelerator.prepare(model, optimizer)
     if chosen.compile:
         net = pace.compiled(net, model, method)
-    return Session(recipe, accelerator, chosen, model, net, optimizer, method, source, scheduler)
+    distil = make_distillation(recipe.distill, model)
+    return Session(recipe, accelerator, chosen, model, net, optimizer, method, source, distil, scheduler)
 
 
 def warm_up(session: Session) -> None:

@@ -23,7 +23,7 @@ def train_step(session: Session, batch: tuple[Tensor, Tensor]) -> Tensor:
     for images, labels in zip(*(part.chunk(config.accumulate) for part in batch), strict=True):
         with session.autocast():
             logits = session.net(images)
-        loss = F.cross_entropy(logits.float(), labels) + session.method.extra_loss(labels)
+        loss = F.cross_entropy(logits.float(), labels) + session.extra_loss(labels)
         loss = loss * (len(labels) / len(batch[1]))
         session.accelerator.backward(loss)
         total += loss.detach()

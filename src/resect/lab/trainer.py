@@ -85,10 +85,11 @@ def train(
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):  # the caller's random numbers are not ours to use up
             torch.manual_seed(recipe.train.seed)
-            model = runs.build_model(recipe, data).eval() if model is None else model
+            model = runs.starting_model(recipe, data).eval() if model is None else model
             with kept_modes(model):
                 session = start(recipe, accelerator, model, data, method_factory, saved, say)
-                with session.method, stop_signals(interruptible) as stopped, pace.explained(session.pace):
+                stops, told = stop_signals(interruptible), pace.explained(session.pace)
+                with session.method, session.teaching(), stops as stopped, told:
                     warm_up(session)
                     if saved:
                         restore(session, saved)
@@ -171,7 +172,7 @@ def train_epoch(session: Session, folder: Path, stopped: Callable[[], bool], pro
         "epoch": epoch + 1,
         "lr": session.optimizer.param_groups[0]["lr"],
         "train_loss": sum(session.losses) / batches,
-        **session.method.metrics(),
+        **session.metrics(),
         "seconds": round(session.seconds, 4),
         "images_per_second": round(batches * session.recipe.train.batch_size / session.seconds, 1),
     }

@@ -40,8 +40,8 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
     InputError: the model was not cut by ``remove`` or ``replace``.
     FileError: the disk is full, or the place holds something else.
     """
-    plan = getattr(small, "resect_plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(small)
+    if plan is None:
         raise InputError(
             "resect.save writes models cut by resect.remove, and this one was not. "
             "Save an uncut model with safetensors.torch.save_model."
@@ -53,6 +53,12 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
         (folder / CARD).write_text(card(small, plan), encoding="utf-8")
         if base is not None:
             (folder / BASE).write_text(json.dumps(base, indent=1), encoding="utf-8")
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return what is gone from a model; None of one that was not cut."""
+    plan = getattr(model, "resect_plan", None)
+    return plan if isinstance(plan, Plan) else None
 
 
 def plan_document(plan: Plan, weights: Path) -> str:
