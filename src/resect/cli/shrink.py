@@ -43,6 +43,9 @@ def shrink(
     data_option: DataOptions = None,
     limit: Annotated[int, typer.Option(min=1, help="rank, and fit, on this many training images")] = 1000,
     replace: Annotated[bool, typer.Option("--replace", help="fit a linear map in the place of what is cut")] = False,
+    epochs: Annotated[
+        int, typer.Option("--recover", min=0, help="train what is left for so many epochs, the uncut net as its teacher")
+    ] = 0,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
 ) -> None:
@@ -51,6 +54,8 @@ def shrink(
     Without a word on what shall go, a run trained with the ε-gate is cut by its own plan.json.
 
     Example: [bold]resect shrink runs/digits-epsilon --out cut[/bold]
+
+    Four blocks, then three epochs of healing: [bold]resect shrink runs/full --blocks 4 --recover 3 --out cut[/bold]
 
     Faster by 30 %: [bold]resect shrink runs/vit --target-latency 0.7 --search greedy --dry-run[/bold]
     """
@@ -83,10 +88,16 @@ def shrink(
         small = resect.replace(opened.model, blocks, chosen, opened.batches("train", limit), samples=limit)
     else:
         small = resect.remove(opened.model, blocks, chosen)
+    if epochs:
+        from resect.lab.recovering import recover
+
+        with progress_bar(err) as display:
+            recover(small, opened, epochs, progress=lambda done, total: display.steps("recovered", done, total))
     save_cut(small, to, opened)
     out.print(str(chosen), highlight=False)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
-    proof = "" if replace else " Proven equal to the closed model."
+    healed = f" Then trained for {epochs} epochs." if epochs else ""
+    proof = healed if replace else f" Proven equal to the closed model.{healed}"
     out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}).{proof}")
     done: Plan = small.resect_plan  # type: ignore[assignment]
     for run in done.evidence.get("replaced", {}).values():

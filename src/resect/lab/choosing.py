@@ -102,7 +102,8 @@ def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, s
         return _by_rank(opened, blocks, wishes, display, say)
     if wishes.names is not None:
         return Plan.of(blocks, [name.strip() for name in wishes.names.split(",")])
-    own = opened.folder / "plan.json" if opened.folder else None
+    # That of a net that was cut says what is gone already.
+    own = opened.folder / "plan.json" if opened.folder and not hasattr(opened.model, "resect_plan") else None
     if wishes.file is None and (own is None or not own.exists()):
         raise InputError(
             "Nothing says which blocks to cut. Give --blocks N, --target-latency 0.7, --names a,b or --plan FILE."
