@@ -9,7 +9,9 @@ from tiny_runs import TINY, Stop, stop_after, tiny
 import resect
 from resect.errors import FileError, InputError
 from resect.lab import recipe, runs
+from resect.lab.evaluate import evaluate
 from resect.lab.open import open_model, save_cut
+from resect.lab.recovering import recover
 from resect.lab.trainer import train
 
 
@@ -70,3 +72,20 @@ def test_what_does_not_fit_is_told(folders, tmp_path):
         train(healing(folders, teacher="no/where"), tmp_path / "run")
     with pytest.raises(InputError, match="leave out --from"):
         runs.wanted(str(folders / "full"), [], None, True, folders / "cut")
+
+
+def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
+    opened = open_model(str(folders / "full"))
+    before = {key: value.clone() for key, value in opened.model.state_dict().items()}
+    random, found = torch.get_rng_state(), []
+    images, labels = opened.images()
+    for _ in range(2):
+        small = open_model(str(folders / "cut")).model
+        error = evaluate(small, images, labels)
+        recover(small, opened, 1)
+        assert evaluate(small, images, labels) < 0.8 * error
+        assert not small.training
+        found.append(small.state_dict())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    assert all(torch.equal(value, before[key]) for key, value in opened.model.state_dict().items())

@@ -44,7 +44,8 @@ def shrink(
     limit: Annotated[int, typer.Option(min=1, help="rank, and fit, on this many training images")] = 1000,
     replace: Annotated[bool, typer.Option("--replace", help="fit a linear map in the place of what is cut")] = False,
     epochs: Annotated[
-        int, typer.Option("--recover", min=0, help="train what is left for so many epochs, the uncut net as its teacher")
+        int,
+        typer.Option("--recover", min=0, help="then train for so many epochs, the uncut net as teacher"),
     ] = 0,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
