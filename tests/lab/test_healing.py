@@ -82,7 +82,7 @@ def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
     for _ in range(2):
         small = open_model(str(folders / "cut")).model
         error = evaluate(small, images, labels)
-        recover(small, opened, 1)
+        recover(small, opened, 6)
         assert evaluate(small, images, labels) < 0.8 * error
         assert not small.training
         found.append(small.state_dict())
