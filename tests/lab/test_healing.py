@@ -82,7 +82,7 @@ def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
         losses.append(recover(small, opened, epochs))
         assert not small.training
         found.append(small.state_dict())
-    assert losses[2] < 0.9 * losses[0]
+    assert losses[2] < losses[0] - 0.05  # a teacher that knows little, and few steps
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     assert all(torch.equal(value, before[key]) for key, value in opened.model.state_dict().items())
