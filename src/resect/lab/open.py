@@ -38,8 +38,8 @@ class Opened:
 
     @property
     def label(self) -> str:
-        """Return what figures and provenance call it: its name, and of a run the folder."""
-        return self.name if self.folder is None else f"{self.name} in {self.folder.name}"
+        """Return what figures and provenance call it: its name, and before that a run's folder."""
+        return self.name if self.folder is None else f"{self.folder.name} ({self.name})"
 
     @property
     def gated(self) -> bool:

@@ -169,7 +169,11 @@ def lesion_order(rows: list[dict[str, Any]]) -> Any:
     line = alt.Chart(theme.data(means)).encode(x=x, y=y)
     points = line.mark_point(filled=True, size=56, color=VERMILION, opacity=1)
     mean_tips = _tip(metric, alt.Tooltip("k:Q", title="swaps"), "draws:Q")
-    labels = line.mark_text(dy=-12, color=SOFT).encode(text=alt.Text("k:Q"))
+    together: dict[tuple[float, float], list[str]] = {}
+    for row in means:  # numbers of swaps that come to one place, as they do where few layers can change places
+        together.setdefault((row["tau"], row["value"]), []).append(f"{row['k']:g}")
+    places = [{"tau": tau, "value": value, "text": ", ".join(ks)} for (tau, value), ks in together.items()]
+    labels = alt.Chart(theme.data(places)).mark_text(dy=-12, color=SOFT).encode(x=x, y=y, text="text:N")
     first, last = means[0], means[-1]
     return theme.finish(
         alt.layer(

@@ -60,6 +60,7 @@ CONFIG: dict[str, Any] = {
         "padding": 0,
         "offset": 8,
         "columnPadding": 18,
+        "labelLimit": 280,
     },
     "text": {"color": INK, "fontSize": 11.5},
 }
@@ -122,7 +123,7 @@ def count(number: float) -> str:
 
 def plural(number: int, noun: str, many: str | None = None) -> str:
     """``1 block``, ``2 blocks``; ``many``: the plural of a noun that takes no s."""
-    return f"{number} {noun if number == 1 else many or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
