@@ -76,9 +76,9 @@ def test_what_does_not_fit_is_told(folders, tmp_path):
 def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
     opened = open_model(str(folders / "full"))
     before = {key: value.clone() for key, value in opened.model.state_dict().items()}
+    nets = [open_model(str(folders / "cut")).model for _ in range(3)]
     random, found, losses = torch.get_rng_state(), [], []
-    for epochs in (1, 1, 6):
-        small = open_model(str(folders / "cut")).model
+    for small, epochs in zip(nets, (1, 1, 6), strict=True):
         losses.append(recover(small, opened, epochs))
         assert not small.training
         found.append(small.state_dict())
