@@ -17,11 +17,11 @@ The last line has the medians, means over models and batch sizes.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import random
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +33,13 @@ from timing import Work, clock, holds, in_turns, shown
 from torch import Tensor, nn
 
 import resect
+import resect.blocks.cost
 from resect.report.cost import count_flops
 
 FEWER = 2.1  # times fewer FLOPs
 LESS = 1 / 3  # of the latency, asked for
 RANDOM, CHOSEN, OVER, CUT, OFF = 0.85, 1.0, 1.2, 0.3, 0.03
 DRAWS = 5
-
-
-Costs = tuple[dict[int, float], dict[int, dict[str, float]]]
-"""Milliseconds of the whole model per batch size, and of every block."""
-
-
-def block_costs(model: nn.Module, blocks: resect.Blocks, inputs: dict[int, Tensor], rounds: int) -> Costs:
-    """What a pass takes less with a block closed."""
-    whole, each = {}, {}
-    for batch, x in inputs.items():
-        with resect.gates(model, blocks) as gates:
-
-            def closed(name: str, gates: Any = gates, x: Tensor = x) -> None:
-                gates[name].close()
-                with torch.inference_mode():
-                    model(x)
-                gates[name].open()
-
-            def full(x: Tensor = x) -> None:
-                with torch.inference_mode():
-                    model(x)
-
-            sides = {"": full} | {name: functools.partial(closed, name) for name in blocks.names}
-            taken = {name: statistics.median(found) for name, found in in_turns(sides, rounds, 1, clock).items()}
-        whole[batch] = 1e3 * taken[""]
-        each[batch] = {name: 1e3 * (taken[""] - taken[name]) for name in blocks.names}
-    return whole, each
 
 
 def random_plan(blocks: resect.Blocks, flops: int, seed: int) -> list[str]:
@@ -99,15 +73,11 @@ def times(sides: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, list
     return {name: [took / works[name].repeats for took in found[name]] for name in works}
 
 
-def by_milliseconds(blocks: resect.Blocks, costs: Costs) -> list[str]:
-    """Blocks with the most milliseconds per FLOP first, until a third of the latency is gone at every batch size."""
-    whole, each = costs
-    share = {name: statistics.mean(each[batch][name] / whole[batch] for batch in whole) for name in blocks.names}
-    order = sorted(blocks.names, key=lambda name: share[name] / blocks[name].flops)
-    gone: list[str] = []
-    while order and any(sum(each[batch][name] for name in gone) < LESS * whole[batch] for batch in whole):
-        gone.append(order.pop())
-    return gone
+def by_milliseconds(blocks: resect.Blocks, model: nn.Module, costs: resect.BlockCosts) -> list[str]:
+    """The blocks that give a third of the latency, at every batch size, for the fewest FLOPs."""
+    paid = {block.name: float(block.flops) for block in blocks}
+    ranking = resect.rank(model, blocks, by=paid, unit="block", costs=costs)
+    return ranking.choose(fewer={"latency": LESS}).names
 
 
 def cut(model: nn.Module, blocks: resect.Blocks, gone: list[str]) -> nn.Module:
@@ -135,18 +105,18 @@ def proofs(case: Case, blocks: resect.Blocks, small: nn.Module, names: list[str]
         return largest(closed, small(x)), largest(again(x), small(x))
 
 
-def measure(case: Case, batches: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def measure(case: Case, batches: tuple[int, ...], rounds: int, tries: int) -> dict[str, Any]:
     """All claims of one model; lists are of rounds."""
     print(f"\n{case.name}", flush=True)
     blocks = resect.find_blocks(case.model, case.example(2))
     inputs = {batch: case.example(batch) for batch in batches}
     flops = count_flops(case.model, inputs[batches[0]])
-    costs = block_costs(case.model, blocks, inputs, rounds)
+    costs = resect.block_costs(case.model, blocks, inputs[batches[0]], batches, rounds=rounds)
     plans = {f"random {seed}": random_plan(blocks, blocks.flops, seed) for seed in range(DRAWS)}
-    plans["chosen"] = by_milliseconds(blocks, costs)
+    plans["chosen"] = by_milliseconds(blocks, case.model, costs)
     sides = {name: cut(case.model, blocks, gone) for name, gone in plans.items()}
     exact = [proofs(case, blocks, sides[name], plans[name]) for name in ("random 0", "chosen")]
-    sides |= {"whole": case.model, "peer": pruned(case.model, inputs[batches[0]], flops / FEWER)}
+    sides |= {"whole": case.model, "peer": pruned(case.model, inputs[batches[0]], flops / FEWER, steps=tries)}
     fewer = {name: flops / count_flops(side, inputs[batches[0]]) for name, side in sides.items()}
     print("  fewer FLOPs: " + ", ".join(f"{name} {share:.2f} x" for name, share in fewer.items()))
     found: dict[str, Any] = {"closed": max(a for a, _ in exact), "reload": max(b for _, b in exact)}
@@ -170,7 +140,7 @@ def measure(case: Case, batches: tuple[int, ...], rounds: int) -> dict[str, Any]
         shown(label + "less latency, chosen", less, "", holds(less, CUT, True))
         off = []
         for name, gone in plans.items():
-            predicted = costs[0][batch] - sum(costs[1][batch][block] for block in gone)
+            predicted = costs.latency(gone, batch)[0]
             off.append(abs(predicted / (1e3 * statistics.median(taken[name])) - 1))
         print(f"{label}predicted latency off by {100 * statistics.mean(off):.1f} % (at most {100 * max(off):.1f} %)")
         found.setdefault("off", []).extend(off)
@@ -181,12 +151,13 @@ def measure(case: Case, batches: tuple[int, ...], rounds: int) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small inputs, few rounds, batch 1 and 8, no ResNet-18")
+    parser.add_argument("--quick", action="store_true", help="small inputs, few rounds, batch 1 and 4, no ResNet-18")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", help="the models whose name begins so")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    batches, rounds = ((1, 8), 3) if options.quick else ((1, 32), options.rounds)
+    resect.blocks.cost.clock = time.process_time  # what block_costs measures by
+    batches, rounds = ((1, 4), 3) if options.quick else ((1, 32), options.rounds)
     for name, model, layers, built, x in twins():
         blocks = resect.find_blocks(model, x)
         gone = [block for block in blocks if block.owner in layers]
@@ -194,7 +165,9 @@ def main() -> None:
         apart = first_difference(operations(small, x), operations(built, x))
         print(f"{name}: {'the same operations' if apart is None else apart + '   NOT KEPT'}", flush=True)
     found = [
-        measure(case, batches, rounds) for case in cases(options.quick) if case.name.startswith(options.only or "")
+        measure(case, batches, rounds, 4 if options.quick else 7)
+        for case in cases(options.quick)
+        if case.name.startswith(options.only or "")
     ]
 
     def mean(name: str) -> float:

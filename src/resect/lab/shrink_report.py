@@ -1,0 +1,217 @@
+"""The report of a cut: what it costs and buys, beside a random choice and the last blocks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resect
+from resect.blocks.block import Blocks
+from resect.blocks.example import Example
+from resect.blocks.modes import kept_modes
+from resect.blocks.plan import Plan
+from resect.files import whole_folder
+from resect.lab.evaluate import evaluate
+from resect.lab.open import Opened
+from resect.lab.speed import chain_rows
+from resect.report.cost import count_flops
+from resect.report.costs import Ready, costs, eager
+from resect.report.html import Section, write_data, write_report
+from resect.report.provenance import provenance
+from resect.shrink.costs import BlockCosts
+from resect.shrink.ranking import Ranking
+
+OWN = ("report.*", "data", "figures")
+DRAWS = 3
+"""Of random choice."""
+STEPS = 8
+"""Points of a curve, at most."""
+Report = Callable[[str, int, int], None]
+
+
+def shrink_report(
+    folder: Path,
+    opened: Opened,
+    blocks: Blocks,
+    plan: Plan,
+    nets: Mapping[str, nn.Module],
+    *,
+    ranking: Ranking | None = None,
+    block_costs: BlockCosts | None = None,
+    batch: int = 32,
+    limit: int | None = None,
+    say: Report = lambda name, done, total: None,
+) -> Path:
+    """Measure a cut on test images and write the report to ``folder``; returns the path of its page.
+
+    Args:
+        opened: the uncut net, with images.
+        plan: what was cut.
+        nets: what came of it, in the order to show: "cut", "recovered", "from scratch".
+        ranking: the choice, for its curve; without it the plan alone is shown, as a point.
+        block_costs: measured milliseconds of blocks; without them the curves are against FLOPs alone.
+        batch: of the milliseconds of the curves, one that ``block_costs`` holds.
+        limit: test images, all without it.
+    """
+    images, labels = opened.images("test", limit)
+    named = {"uncut": opened.model} | dict(nets)
+    curves = _curves(opened.model, blocks, plan, ranking)
+    rows = _trade(opened.model, blocks, curves, images, labels, block_costs, batch, say)
+    table = costs(named, images[:1], batches=(1, batch), ways=ways())
+    errors = {name: class_errors(net, images, labels) for name, net in named.items()}
+    whole = count_flops(opened.model, images[:1])
+    for name, net in nets.items():
+        time = next(row for row in table if (row["net"], row["batch"], row["way"]) == (name, batch, "eager"))
+        rows.append({"choice": name, "removed": len(plan.blocks), "draw": 0, "error": errors[name][0],
+                     "ms": time["median_ms"] if block_costs else None,
+                     "flops": count_flops(net, images[:1]) / 1e6})  # fmt: skip
+    gone = set(plan.names)
+    chain = [row | {"gone": row["name"] in gone} for row in chain_rows(opened.name, blocks)]
+    latency = [{key: row[key] for key in ("net", "way", "batch", "median_ms", "low_ms", "high_ms")} for row in table]
+    classes = [
+        {"label": label, "net": name, "error": error}
+        for place, label in enumerate(opened.data.classes)  # type: ignore[union-attr]
+        for name, (_, each) in errors.items()
+        if (error := each[place]) is not None
+    ]
+    summary = [
+        {"net": name, "error (%)": 100 * errors[name][0], "parameters": mine["parameters"],
+         "FLOPs (M)": mine["flops"] / 1e6, "activations (kB)": mine["activation_bytes"] / 1e3,
+         "latency, batch 1 (ms)": mine["median_ms"],
+         f"throughput, batch {batch} (images/s)": _of(table, name, batch)["per_second"]}
+        for name in named for mine in [_of(table, name, 1)]
+    ]  # fmt: skip
+    with whole_folder(folder, own=OWN) as work:
+        figures = {"cut_trade": rows, "chain": chain, "cut_classes": classes, "cut_latency": latency}
+        for name, data in figures.items():
+            write_data(work, name, data)
+        last = list(nets)[-1]
+        share = 1 - _of(table, last, 1)["median_ms"] / _of(table, "uncut", 1)["median_ms"]
+        highlights = [
+            (f"−{100 * share:.0f} %".replace("−-", "+"), "latency at batch 1"),
+            (f"−{100 * (1 - count_flops(nets[last], images[:1]) / whole):.0f} %", "FLOPs"),
+            (f"{100 * (errors[last][0] - errors['uncut'][0]):+.2f} points".replace("-", "−"), "test error"),
+        ]
+        write_report(work, f"{opened.name} without {len(gone)} of its {len(blocks)} blocks", _told(plan),
+                     _sections(summary, list(nets)), provenance(images=len(labels)), highlights)  # fmt: skip
+    return folder / "report.html"
+
+
+def ways() -> dict[str, Ready]:
+    """How nets are timed: eager, and in onnxruntime where it is installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return {"eager": eager}
+    return {"eager": eager, "onnxruntime": in_onnxruntime()}
+
+
+def in_onnxruntime() -> Ready:
+    """Return what exports a model of one input and makes it ready in onnxruntime, on as many threads as torch has.
+
+    A model is exported once for all batch sizes. Raises ``ResectError`` where it cannot be exported.
+    """
+    sessions: dict[int, Any] = {}
+
+    def ready(model: nn.Module, example: Example) -> Callable[[], Any]:
+        import onnxruntime
+
+        if id(model) not in sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "model.onnx"
+                resect.export(model, file, example=example)
+                sessions[id(model)] = onnxruntime.InferenceSession(
+                    file.read_bytes(), options, providers=["CPUExecutionProvider"]
+                )
+        session = sessions[id(model)]
+        feed = {session.get_inputs()[0].name: example.tensors()[0].cpu().numpy()}
+        return lambda: session.run(None, feed)
+
+    return ready
+
+
+def class_errors(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[float | None]]:
+    """Top-1 error as a fraction, over all images and of every class; None for a class without images."""
+    device = next(model.parameters()).device
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        found = torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(256)])
+    wrong = (found != labels).double()
+    classes = [wrong[labels == label] for label in range(int(labels.max()) + 1)]
+    return float(wrong.mean()), [float(part.mean()) if len(part) else None for part in classes]
+
+
+def _of(table: list[dict[str, Any]], net: str, batch: int) -> dict[str, Any]:
+    return next(row for row in table if (row["net"], row["batch"], row["way"]) == (net, batch, "eager"))
+
+
+def _curves(model: nn.Module, blocks: Blocks, plan: Plan, ranking: Ranking | None) -> dict[str, list[list[Any]]]:
+    """Per choice its draws, each a list of sets of names that grow: ours, the last, random ones."""
+    unit = ranking.unit if ranking is not None else "block"
+    rankings = {} if ranking is None else {_name(ranking): [ranking]}
+    rankings["last"] = [resect.rank(model, blocks, by="last", unit=unit)]  # type: ignore[arg-type]
+    rankings["random"] = [resect.rank(model, blocks, by="random", unit=unit, seed=seed) for seed in range(DRAWS)]  # type: ignore[arg-type]
+    curves = {}
+    for name, several in rankings.items():
+        longest = min(len(several[0].ladder), max(2, round(1.5 * len(plan.blocks))))
+        counts = sorted({max(1, round(step * longest / STEPS)) for step in range(1, STEPS + 1)})
+        curves[name] = [[[], *(one.names(one.ladder[n - 1].units) for n in counts)] for one in several]
+    return curves
+
+
+def _name(ranking: Ranking) -> str:
+    return ranking.by if ranking.search == "once" else f"{ranking.by}, {ranking.search}"
+
+
+def _trade(
+    model: nn.Module, blocks: Blocks, curves: Mapping[str, list[list[Any]]], images: Tensor, labels: Tensor,
+    block_costs: BlockCosts | None, batch: int, say: Report,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of error against cost: every set of every curve closed, and tested."""
+    sets = [
+        (name, draw, gone) for name, draws in curves.items() for draw, several in enumerate(draws) for gone in several
+    ]
+    whole, known, rows = count_flops(model, images[:1]), dict[frozenset[str], float](), []
+    share = {block.name: block.flops / max(1, blocks.flops) for block in blocks}
+    for done, (name, draw, gone) in enumerate(sets):
+        say("nets tested", done, len(sets))
+        key = frozenset(gone)
+        if key not in known:
+            with resect.closed(model, blocks.select(gone)):
+                known[key] = evaluate(model, images, labels) / 100
+        rows.append({"choice": name, "removed": len(gone), "draw": draw, "error": known[key],
+                     "ms": block_costs.latency(gone, batch)[0] if block_costs else None,
+                     "flops": whole * (1 - sum(share[block] for block in gone)) / 1e6})  # fmt: skip
+    say("nets tested", len(sets), len(sets))
+    return rows
+
+
+def _told(plan: Plan) -> str:
+    return (
+        f"{len(plan.blocks)} residual blocks were cut out, chosen by {plan.by}: {', '.join(plan.names)}. Their "
+        "shortcuts stay. Errors are on test images; nothing was chosen on them."
+    )
+
+
+def _sections(summary: list[dict[str, Any]], nets: list[str]) -> list[Section]:
+    best = {name: "low" for name in summary[0] if name != "net"}
+    best = {name: "high" if name.startswith("throughput") else "low" for name in best}
+    return [
+        Section("What it costs and buys", "", table=summary, best=best,
+                note="Activations: the most memory that results take at once during a pass of one image."
+                + " No cut shape was trained from scratch, which is often as good." * ("from scratch" not in nets)),
+        Section("Error against speed", "Milliseconds of the lines are those predicted from measured blocks; of single "
+                "nets, measured. Nothing on the lines is retrained.", figure="cut_trade"),
+        Section("What went", "", figure="chain"),
+        Section("Class by class", "", figure="cut_classes"),
+        Section("Measured latency", "", figure="cut_latency"),
+    ]  # fmt: skip
