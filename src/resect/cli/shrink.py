@@ -48,6 +48,7 @@ def shrink(
         typer.Option("--recover", min=0, help="then train for so many epochs, the uncut net as teacher"),
     ] = 0,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write a report with figures to this folder")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
@@ -75,6 +76,8 @@ def shrink(
     if to is None and not dry:
         raise InputError("Where shall the cut model go? Give --out FOLDER, or --dry-run to see what to expect.")
     opened = open_model(model, option or (), data, data_option or ())
+    if report and (opened.data is None or isinstance(opened.data, TextData)):
+        raise InputError("--report is of test images: name some with --data, or leave it out.")
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
     with progress_bar(err) as display:
@@ -113,3 +116,11 @@ def shrink(
     out.print(f"The cut model is in {to}.")
     if export:
         out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
+    if report:
+        from resect.lab.choosing import costs_of
+        from resect.lab.shrink_report import shrink_report
+
+        with progress_bar(err) as display:
+            costs = costs_of(opened, blocks)
+            page = shrink_report(report, opened, blocks, chosen, {"cut": small}, block_costs=costs, say=display.steps)
+        out.print(f"The report is {page}.")

@@ -53,7 +53,7 @@ def shrink_report(
         opened: the uncut net, with images.
         plan: what was cut.
         nets: what came of it, in the order to show: "cut", "recovered", "from scratch".
-        ranking: the choice, for its curve; without it the plan alone is shown, as a point.
+        ranking: the choice, for its curve; without it the curve is of the plan's blocks, by and by, lowest score first.
         block_costs: measured milliseconds of blocks; without them the curves are against FLOPs alone.
         batch: of the milliseconds of the curves, one that ``block_costs`` holds.
         limit: test images, all without it.
@@ -65,10 +65,11 @@ def shrink_report(
     table = costs(named, images[:1], batches=(1, batch), ways=ways())
     errors = {name: class_errors(net, images, labels) for name, net in named.items()}
     whole = count_flops(opened.model, images[:1])
+    scale = block_costs.latency((), batch)[0] / _of(table, "uncut", batch)["median_ms"] if block_costs else 0.0
     for name, net in nets.items():
-        time = next(row for row in table if (row["net"], row["batch"], row["way"]) == (name, batch, "eager"))
+        time = _of(table, name, batch)
         rows.append({"choice": name, "removed": len(plan.blocks), "draw": 0, "error": errors[name][0],
-                     "ms": time["median_ms"] if block_costs else None,
+                     "ms": scale * time["median_ms"] if block_costs else None,
                      "flops": count_flops(net, images[:1]) / 1e6})  # fmt: skip
     gone = set(plan.names)
     chain = [row | {"gone": row["name"] in gone} for row in chain_rows(opened.name, blocks)]
@@ -93,7 +94,7 @@ def shrink_report(
         last = list(nets)[-1]
         share = 1 - _of(table, last, 1)["median_ms"] / _of(table, "uncut", 1)["median_ms"]
         highlights = [
-            (f"−{100 * share:.0f} %".replace("−-", "+"), "latency at batch 1"),
+            (f"{-100 * share:+.0f} %".replace("-", "−"), "latency at batch 1"),
             (f"−{100 * (1 - count_flops(nets[last], images[:1]) / whole):.0f} %", "FLOPs"),
             (f"{100 * (errors[last][0] - errors['uncut'][0]):+.2f} points".replace("-", "−"), "test error"),
         ]
@@ -156,16 +157,23 @@ def _of(table: list[dict[str, Any]], net: str, batch: int) -> dict[str, Any]:
 
 def _curves(model: nn.Module, blocks: Blocks, plan: Plan, ranking: Ranking | None) -> dict[str, list[list[Any]]]:
     """Per choice its draws, each a list of sets of names that grow: ours, the last, random ones."""
-    unit = ranking.unit if ranking is not None else "block"
+    unit = ranking.unit if ranking is not None else plan.evidence.get("unit", "block")
     rankings = {} if ranking is None else {_name(ranking): [ranking]}
     rankings["last"] = [resect.rank(model, blocks, by="last", unit=unit)]  # type: ignore[arg-type]
     rankings["random"] = [resect.rank(model, blocks, by="random", unit=unit, seed=seed) for seed in range(DRAWS)]  # type: ignore[arg-type]
-    curves = {}
+    curves: dict[str, list[list[Any]]] = {}
+    if ranking is None:
+        names = sorted(plan.names, key=lambda name: plan.scores.get(name, 0.0))
+        curves[f"this plan, by {plan.by}"] = [[names[:n] for n in sorted({0, *_counts(len(names))})]]
     for name, several in rankings.items():
         longest = min(len(several[0].ladder), max(2, round(1.5 * len(plan.blocks))))
-        counts = sorted({max(1, round(step * longest / STEPS)) for step in range(1, STEPS + 1)})
-        curves[name] = [[[], *(one.names(one.ladder[n - 1].units) for n in counts)] for one in several]
+        curves[name] = [[[], *(one.names(one.ladder[n - 1].units) for n in _counts(longest))] for one in several]
     return curves
+
+
+def _counts(most: int) -> list[int]:
+    """Whole numbers from 1 to ``most``, evenly spread."""
+    return sorted({max(1, round(step * most / STEPS)) for step in range(1, STEPS + 1)})
 
 
 def _name(ranking: Ranking) -> str:
@@ -197,8 +205,8 @@ def _trade(
 
 def _told(plan: Plan) -> str:
     return (
-        f"{len(plan.blocks)} residual blocks were cut out, chosen by {plan.by}: {', '.join(plan.names)}. Their "
-        "shortcuts stay. Errors are on test images; nothing was chosen on them."
+        f"Cut out, chosen by {plan.by}: {', '.join(plan.names)}. The shortcuts stay. "
+        "Errors are on test images; nothing was chosen on them."
     )
 
 
@@ -209,8 +217,8 @@ def _sections(summary: list[dict[str, Any]], nets: list[str]) -> list[Section]:
         Section("What it costs and buys", "", table=summary, best=best,
                 note="Activations: the most memory that results take at once during a pass of one image."
                 + " No cut shape was trained from scratch, which is often as good." * ("from scratch" not in nets)),
-        Section("Error against speed", "Milliseconds of the lines are those predicted from measured blocks; of single "
-                "nets, measured. Nothing on the lines is retrained.", figure="cut_trade"),
+        Section("Error against speed", "Milliseconds of the lines are predicted from measured blocks; single nets stand "
+                "at their measured share of the uncut net's. Nothing on the lines is retrained.", figure="cut_trade"),
         Section("What went", "", figure="chain"),
         Section("Class by class", "", figure="cut_classes"),
         Section("Measured latency", "", figure="cut_latency"),
