@@ -218,7 +218,7 @@ def _sections(summary: list[dict[str, Any]], nets: list[str]) -> list[Section]:
                 note="Activations: the most memory that results take at once during a pass of one image."
                 + " No cut shape was trained from scratch, which is often as good." * ("from scratch" not in nets)),
         Section("Error against speed", "Milliseconds of the lines are predicted from measured blocks; single nets "
-                "stand at their measured share of the uncut net's. Nothing on the lines is retrained.", figure="cut_trade"),
+                "stand at their measured share of the uncut one. Nothing on lines is retrained.", figure="cut_trade"),
         Section("What went", "", figure="chain"),
         Section("Class by class", "", figure="cut_classes"),
         Section("Measured latency", "", figure="cut_latency"),
