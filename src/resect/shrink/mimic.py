@@ -28,7 +28,8 @@ from resect.shrink.history import name_in
 from resect.shrink.samples import again_and_again, dealt, first_batches, joined, size_of
 
 LR = 1e-3
-"""Of AdamW: on a ResNet, a vision transformer and a language model it came closer than SGD, which PRACTISE takes."""
+"""Of AdamW, which needs no other rate for transformers: in 100 steps it came closer than SGD at PRACTISE's 0.02
+on a ResNet, a vision transformer and a language model."""
 DECAYS = (0.4, 0.8)
 """PRACTISE's schedule: after these parts of the steps the rate falls to a tenth."""
 
