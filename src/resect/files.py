@@ -168,7 +168,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _os_error(error: SafetensorError) -> OSError:
-    """Return what the system said to safetensors, which tells it in words alone: "… (os error 28)"; 0.4 as "Os { code: 28, …"."""
+    """Return what the system said to safetensors, which has it in words alone: "… (os error 28)", "Os { code: 28"."""
     found = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
     number = int(found[1] or found[2]) if found else 0
     return OSError(number, os.strerror(number))
