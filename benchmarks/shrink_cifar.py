@@ -4,7 +4,7 @@ Every row starts from the same trained net, loses FLOPs, and is fine-tuned by th
 epochs at `--lr`; `from scratch` is the shape that greedy lesions leave, with new weights, for as many epochs as the
 whole net had.
 `few: …` rows see 500 training images and no labels instead, as in PRACTISE: `resect.mimic` of the features before the
-last layer; of the logits, where Torch-Pruning has changed the features' width. Images are CIFAR-10 as the run's recipe
+last layer; of the logits for Torch-Pruning, which changes the width of features. Images are CIFAR-10 as the run's recipe
 names it. Test accuracies are of the last epoch; no test image is used to choose anything.
 
 Rows that are there already are kept, and one that was cut off goes on after its last epoch: start it again until all
@@ -78,8 +78,15 @@ class Nets:
         return resect.remove(fresh, self.blocks, self.plan("lesion", search="greedy").names)
 
     def peer(self) -> nn.Module:
-        """The net that Torch-Pruning makes."""
-        return pruned(self.model, self.x, self.flops / FEWER)
+        """The net that Torch-Pruning makes; the stream keeps its width where shortcuts pad it, as in the lab's nets.
+
+        Its dependency graph cannot follow padded channels, so there the channels inside the branches go.
+        """
+        padded = any(block.shortcut == "reshape" for block in self.blocks)
+        wide = [name for name, module in self.model.named_modules() if isinstance(module, nn.Conv2d)]
+        inside = {name for name in wide if name.endswith("conv1") and name.startswith("layer")}
+        keep = [name for name in wide if name not in inside] if padded else []
+        return pruned(self.model, self.x, self.flops / FEWER, steps=12, keep=keep, round_to=None)
 
     def mimicked(self, small: nn.Module, at: str | None = None) -> nn.Module:
         """A cut net that has learnt the whole one's features on the few images."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch_pruning
@@ -19,12 +20,12 @@ from resect.report.cost import count_flops
 warnings.filterwarnings("ignore", "Unwrapped parameters detected")  # class token, positions, RMSNorms: dealt with well
 
 
-def pruned(model: nn.Module, example: Any, flops: float, importance: Any = None, steps: int = 7) -> nn.Module:
-    """A copy with at most ``flops``, as close to them as the rounding of channels lets it come."""
+def pruned(model: nn.Module, example: Any, flops: float, steps: int = 7, **options: Any) -> nn.Module:
+    """A copy with at most ``flops``, as close to them as ``steps`` halvings come; ``options`` as of ``prune``."""
     low, high, best = 0.0, 0.95, None
     for _ in range(steps):
         ratio = (low + high) / 2
-        small = prune(model, example, ratio, importance)
+        small = prune(model, example, ratio, **options)
         if count_flops(small, example) <= flops:
             best, high = small, ratio
         else:
@@ -34,8 +35,10 @@ def pruned(model: nn.Module, example: Any, flops: float, importance: Any = None,
     return best
 
 
-def prune(model: nn.Module, example: Any, ratio: float, importance: Any = None) -> nn.Module:
-    """A copy with ``ratio`` of the channels of every layer gone; the classes stay."""
+def prune(
+    model: nn.Module, example: Any, ratio: float, keep: Sequence[str] = (), round_to: int | None = 8
+) -> nn.Module:
+    """A copy with ``ratio`` of the channels of every layer gone; the classes stay, and the outputs of ``keep``."""
     small = copy.deepcopy(model).eval()
     language = hasattr(small, "lm_head")
     heads: dict[nn.Module, int] = {}
@@ -47,14 +50,15 @@ def prune(model: nn.Module, example: Any, ratio: float, importance: Any = None) 
     pruner = torch_pruning.pruner.BasePruner(
         small,
         example,
-        importance=importance or torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
-        ignored_layers=[[module for module in small.modules() if isinstance(module, nn.Linear)][-1]],
+        ignored_layers=[[module for module in small.modules() if isinstance(module, nn.Linear)][-1]]
+        + [small.get_submodule(name) for name in keep],
         num_heads=heads,
         prune_num_heads=language,
         prune_head_dims=not language,
         head_pruning_ratio=ratio if language else 0.0,
-        round_to=8,
+        round_to=round_to,
     )
     pruner.step()
     for module in small.modules():
