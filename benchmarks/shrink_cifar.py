@@ -4,8 +4,8 @@ Every row starts from the same trained net, loses FLOPs, and is fine-tuned by th
 epochs at `--lr`; `from scratch` is the shape that greedy lesions leave, with new weights, for as many epochs as the
 whole net had.
 `few: …` rows see 500 training images and no labels instead, as in PRACTISE: `resect.mimic` of the features before the
-last layer; of the logits for Torch-Pruning, which changes the width of features. Images are CIFAR-10 as the run's recipe
-names it. Test accuracies are of the last epoch; no test image is used to choose anything.
+last layer; of the logits for Torch-Pruning, which changes the width of features. Images are
+those of the run's recipe. Test accuracies are of the last epoch; no test image is used to choose anything.
 
 Rows that are there already are kept, and one that was cut off goes on after its last epoch: start it again until all
 are done. Latency is measured at the end, all nets in turns. Output: OUT/rows.json, OUT/table.md.
