@@ -199,4 +199,5 @@ def expected(opened: Opened, blocks: Blocks, plan: Plan, limit: int) -> Iterator
     data = opened.batches("train", limit)
     whole, [cut] = measure_closed(opened.model, blocks, data, [tuple(plan.names)], metric)
     samples = "sequences" if isinstance(opened.data, TextData) else "training images"
-    yield f"{metric} on {limit} {samples}, before recovery: {whole:.4g} → {cut:.4g}."
+    unit = " %" * (metric == "top1")
+    yield f"{metric} on {limit} {samples}, before recovery: {whole:.4g}{unit} → {cut:.4g}{unit}."
