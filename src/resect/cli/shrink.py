@@ -68,6 +68,7 @@ def shrink(
     from resect.lab.evaluate import evaluate
     from resect.lab.open import open_model, save_cut
     from resect.lab.text import TextData
+    from resect.report import theme
 
     wishes = read_wishes(
         fewer, target_latency, keep, number=number, names=names, file=plan, worse=worse, by=by, search=search,
@@ -100,7 +101,7 @@ def shrink(
     save_cut(small, to, opened)
     out.print(str(chosen), highlight=False)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
-    healed = f" Then trained for {epochs} epochs." if epochs else ""
+    healed = f" Then trained for {theme.plural(epochs, 'epoch')}." if epochs else ""
     proof = healed if replace else f" Proven equal to the closed model.{healed}"
     out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}).{proof}")
     done: Plan = small.resect_plan  # type: ignore[assignment]
@@ -122,5 +123,6 @@ def shrink(
 
         with progress_bar(err) as display:
             costs = costs_of(opened, blocks)
-            page = shrink_report(report, opened, blocks, chosen, {"cut": small}, block_costs=costs, say=display.steps)
+            name = f"cut, then {theme.plural(epochs, 'epoch')}" if epochs else "cut"
+            page = shrink_report(report, opened, blocks, chosen, {name: small}, block_costs=costs, say=display.steps)
         out.print(f"The report is {page}.")

@@ -104,7 +104,8 @@ def cut_classes(rows: list[dict[str, Any]]) -> Any:
         for found in [[row["error"] for row in rows if row["label"] == label]]
     ]
     top = min(1.0, 1.06 * max(row["error"] for row in points) + 0.005)
-    y = alt.Y("label:N", sort=shown, title=None, axis=alt.Axis(labelColor=INK, labelLimit=200, domain=False))
+    axis = alt.Axis(labelColor=INK, labelLimit=200, domain=False, labelPadding=12)  # room for dots at 0
+    y = alt.Y("label:N", sort=shown, title=None, axis=axis)
     x = alt.X("error:Q", title="error on images of the class", axis=theme.percent_axis(tickCount=6),
               scale=alt.Scale(domain=[0, top], nice=False))  # fmt: skip
     link = alt.Chart(theme.data(spans)).mark_rule(color=FAINT, strokeWidth=2.5).encode(y=y, x="low:Q", x2="high:Q")
@@ -120,8 +121,10 @@ def cut_classes(rows: list[dict[str, Any]]) -> Any:
     )
     worst = labels[0]
     said = f"{100 * change(worst):+.1f} points".replace("-", "−")
-    title = f"Class that changes for the worst: {worst}, {said}" if len(nets) > 1 else "Error by class"
-    note = "" if shown == labels else f"The 20 classes that lose most and the 10 that gain most, of {len(labels)}."
+    title = f"The class that the cut costs most: {worst}, {said}" if len(nets) > 1 else "Error by class"
+    note = "Error on the test images of each class, the class that loses most on top."
+    if shown != labels:
+        note = f"Of {len(labels)} classes the 20 that lose most and the 10 that gain most."
     return theme.finish(alt.layer(link, dots, width=WIDTH - 70, height={"step": 24}), title, note)
 
 
