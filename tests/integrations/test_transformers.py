@@ -223,3 +223,20 @@ def test_what_was_not_saved_right_is_not_left(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is not a transformers model"):
         citizen.save(torch.nn.Linear(2, 2), tmp_path / "cut", torch.zeros(1, 2))
+
+
+def test_a_removed_attention_is_asked_for_the_shape_of_its_input_once_per_form(monkeypatch):
+    """Running its norm without data took four times as long as the attention itself."""
+    from resect.blocks.twin import Output
+
+    model, example, blocks = setup("llama", 2)
+    small = resect.remove(model, blocks, [attentions(blocks)[0]])
+    runs, run = [], Output._run
+    monkeypatch.setattr(Output, "_run", lambda *args: runs.append(1) or run(*args))
+    ids = example["input_ids"]
+    with torch.no_grad():
+        for given in (ids, ids, ids[:, :7], ids[:1], ids):
+            cache = small(given, use_cache=True).past_key_values
+            assert cache.get_seq_length() == given.shape[1]
+            assert cache.layers[0].keys.shape[0] == given.shape[0]
+    assert len(runs) <= 2  # three forms, one of them known from the proof

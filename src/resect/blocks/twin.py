@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from resect.blocks.absent import Absent
 from resect.blocks.block import ResidualBlock
@@ -53,10 +53,28 @@ class Output:
         """Run a copy of the module on meta tensors."""
         if not all(isinstance(leaf, _HARMLESS) for leaf in tree_leaves((args, kwargs))):
             raise AbsentError(f"{type(self.module).__name__} takes more than tensors and numbers, and might change it")
-        twin = self.module.__dict__.get("_resect_twin") or meta_copy(self.module)
+        twin = self.module.__dict__.get("_resect_twin")
+        if twin is None or torch.compiler.is_compiling():
+            return self._run(twin or meta_copy(self.module), args, kwargs)
+        # A module that was taken out never changes: what it makes of inputs of these forms is known after one run.
+        known, key = self.module.__dict__.setdefault("_resect_forms", {}), self._key(args, kwargs)
+        if key not in known:
+            found = self._run(twin, args, kwargs)
+            if not isinstance(found, Tensor):
+                return found
+            known[key] = found.shape, found.stride(), found.dtype
+        shape, stride, dtype = known[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    def _run(self, twin: nn.Module, args: Any, kwargs: Any) -> Any:
         twin.train(self.module.training)
         with torch.random.fork_rng(devices=[]):
             return pick(twin.forward(*args, **kwargs), self.at)
+
+    def _key(self, args: Any, kwargs: Any) -> Any:
+        leaves, form = tree_flatten((args, kwargs))
+        told = ((leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        return self.at, self.module.training, repr(form), *told
 
 
 def absent_output(block: ResidualBlock, position: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
