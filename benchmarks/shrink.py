@@ -150,9 +150,10 @@ def measure(case: Case, batches: tuple[int, ...], rounds: int, tries: int) -> di
         shown(label + "the chosen plan beside Torch-Pruning", over, "x", holds(over, OVER, True))
         shown(label + "less latency, asked for a third", less, "", holds(less, CUT, True))
         off = []
+        # As shares of the whole: the blocks were timed minutes earlier, when the machine may have had another pace.
         for name, gone in plans.items():
-            predicted = costs.latency(gone, batch)[0]
-            off.append(abs(predicted / (1e3 * statistics.median(taken[name])) - 1))
+            predicted = costs.latency(gone, batch)[0] / costs.latency((), batch)[0]
+            off.append(abs(predicted * statistics.median(taken["whole"]) / statistics.median(taken[name]) - 1))
         print(f"{label}predicted latency off by {100 * statistics.mean(off):.1f} % (at most {100 * max(off):.1f} %)")
         found.setdefault("off", []).extend(off)
         for name, values in (("random", mean), ("chosen", chosen), ("peer", peer)):
