@@ -93,11 +93,14 @@ def _begin_alike(one: str, other: str) -> int:
     return sum(itertools.accumulate((a == b for a, b in zip(one, other, strict=False)), min))
 
 
-def check_all(problems: Iterable[str], summary: str, error: type[ResectError] = InputError) -> None:
-    """Raise one ``error`` that lists every problem; do nothing when there is none."""
+def check_all(
+    problems: Iterable[str], summary: str, error: type[ResectError] = InputError, limit: int | None = None
+) -> None:
+    """Raise one ``error`` that lists every problem, or the first ``limit``; do nothing when there is none."""
     found = list(problems)
     if len(found) == 1:
         raise error(f"{summary}: {found[0]}")
     if found:
-        lines = "".join(f"\n  - {problem}" for problem in found)
+        lines = "".join(f"\n  - {problem}" for problem in found[:limit])
+        lines += f"\n  … and {len(found) - limit} more" if limit is not None and len(found) > limit else ""
         raise error(f"{summary}: {len(found)} problems{lines}")

@@ -78,7 +78,7 @@ def test_real_families(family, format, tmp_path):
         config = transformers.Qwen3Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
                                           num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
         model = transformers.Qwen3ForCausalLM(config).eval()
-        x = {"input_ids": torch.randint(50, (2, 6)), "use_cache": False}
+        x = {"input_ids": torch.randint(50, (2, 6))}
     else:
         timm = pytest.importorskip("timm")
         if family == "vit":
@@ -92,6 +92,12 @@ def test_real_families(family, format, tmp_path):
     assert done.difference < 1e-4
     assert done.batches == (2, 3, 1)
     assert str(done).startswith(str(done.path))
+    if family == "language model":
+        assert small.config.use_cache
+        if format == "pt2":
+            with pytest.raises(ExportError, match="cannot be exported: it hands back its cache: put use_cache=False"):
+                resect.export(small, tmp_path / "no.pt2", example={**x, "use_cache": True})
+            assert small.config.use_cache
 
 
 class Fixed(Net):

@@ -115,6 +115,25 @@ def test_what_cannot_be_weighed_is_refused():
         costs.latency((), 32)
     with pytest.raises(InputError, match="Did you mean 'flops'"):
         costs.saved("flop", blocks.names)
+    with pytest.raises(InputError, match="Did you mean '1/branch"):
+        costs.saved("flops", ["1/brnch"])
+    for batches in ([(torch.randn(2, 4), 0)], [{"x": torch.randn(2, 4)}] * 3):
+        with pytest.raises(InputError, match=f"one example, not batches, and this is a list of {len(batches)}"):
+            resect.block_costs(net, blocks, batches)
+
+
+def test_a_block_goes_by_its_owner_where_it_is_alone_there():
+    net = Net((False, True, False)).eval()
+    blocks = resect.find_blocks(net, torch.randn(4, 5))
+    costs = resect.block_costs(net, blocks, batches=())
+    shared = {block.owner for block in blocks if sum(other.owner == block.owner for other in blocks) > 1}
+    alone = [block for block in blocks if block.owner not in shared and block.owner != block.name]
+    assert alone
+    assert shared
+    for block in alone:
+        assert costs.saved("flops", [block.owner]) == costs.saved("flops", [block.name, block.owner]) > 0
+    with pytest.raises(InputError, match=r"holds 2 residual blocks\. Name one of them"):
+        costs.saved("flops", shared)
 
 
 def test_blocks_inside_one_another_do_not_add_up():

@@ -136,6 +136,9 @@ def test_misuse_is_told():
         resect.Distillation(small, net, logits=0)
     with pytest.raises(InputError, match=r"Did you mean 'layers.1'"):
         resect.Distillation(small, net, features=["layer.1"])
+    for gone in ("layers.1.up", "layers.1.down"):
+        with pytest.raises(InputError, match=f"has no module '{gone}' any more"):
+            resect.Distillation(small, net, features=["layers.2.up", gone])
     with pytest.raises(InputError, match="share weights"):
         resect.Distillation(net, net)
     distil = resect.Distillation(small, net)

@@ -225,6 +225,11 @@ def test_controls_and_numbers_of_ones_own(setup):
     assert ranking.scores == {"layers.0": 3, "layers.1": -2, "layers.2": 0.5, "layers.3": 7}
     assert ranking.by == "numbers"
     assert ranking.order[0] == "layers.1"
+    for by in ("last", "random"):
+        control = resect.rank(net, blocks, by=by)
+        assert not any(line.rstrip().split()[-1][0] in "+-" for line in str(control).splitlines()[1:])
+        assert not control.choose(n=2).scores
+    assert ranking.choose(n=2).scores
     text = str(ranking)
     assert text.startswith("4 layers by numbers, search: once")
     assert "+ layers.2" in text
@@ -248,7 +253,7 @@ def test_what_cannot_be_ranked_is_refused(setup):
         ({"by": "lesions"}, "Did you mean 'lesion'"),
         ({"search": "gredy"}, "Did you mean 'greedy'"),
         ({"unit": "layers"}, "Did you mean 'layer'"),
-        ({"by": "last", "search": "greedy"}, "stay what they are"),
+        ({"by": "last", "search": "greedy"}, "changes nothing of by='last'"),
         ({"by": "influence", "search": "beam"}, "goes with by='lesion'"),
         ({"depth": 9}, "depth must be"),
         ({"by": {"layers.0": 1, "layer.1": math.nan}}, "'layer.1' is no block or unit here; did you mean 'layers.1'"),
@@ -292,8 +297,13 @@ def test_runs_do_not_cross_another_shortcut():
     ranking = resect.rank(net, blocks, [x], by="influence", search="runs")
     assert [len(rung.units) for rung in ranking.ladder] == [1, 2, 3]
     assert blocks.names[0] not in ranking.ladder[2].units
-    with pytest.raises(InputError, match=r"no set of 4 blocks.*choose\(n=3\)"):
+    with pytest.raises(InputError, match=r"no set of 4 blocks.*: no run of 4 .*another shortcut.*choose\(n=3\)"):
         ranking.choose(n=4)
+    short = resect.rank(net, blocks, [x], by="influence", search="runs", depth=2)
+    with pytest.raises(InputError, match=r"no set of 3 blocks.*: rank\(\) was called with depth=2"):
+        short.choose(n=3)
+    with pytest.raises(InputError, match=r"no set of 3 blocks.*: keep= holds some"):
+        ranking.choose(n=3, keep=blocks.names[2])
 
 
 def test_what_is_gone_already_is_closed_and_counts_as_gone(setup):

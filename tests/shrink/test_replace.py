@@ -142,6 +142,18 @@ def test_merged_is_the_formula():
         assert torch.allclose(small(x), h + net.layers[2](h), atol=1e-5)
 
 
+def test_the_evidence_says_whether_the_map_helps_and_on_what():
+    torch.manual_seed(0)
+    net, x = Stream(Linear(6), Linear(6), Curved(6)).eval(), torch.randn(3, 5)
+    for data, held_out in ((batches(5, number=1), 0), (batches(5, number=2), 1), (batches(5, number=10), 2)):
+        (run,) = facts(resect.replace(net, found(net, x), ["layers.1"], data)).values()
+        assert run["held_out"] == held_out
+        assert run["helps"] is True
+    other = [*batches(5, number=4), 1e3 * torch.randn(40, 5)]  # nothing as what was fitted: tanh is at its ends
+    (run,) = facts(resect.replace(net, found(net, x), ["layers.2"], other)).values()
+    assert run["helps"] is (run["error"] < run["error_removed"]) is False
+
+
 def test_without_a_bias_none_is_added():
     torch.manual_seed(0)
     net, x = Stream(Linear(6, bias=False), Linear(6, bias=False), Curved(6)).eval(), torch.randn(3, 5)

@@ -97,6 +97,12 @@ def test_what_is_damaged_or_foreign_is_told_from_what_is_not(tmp_path):
     assert resect.load(folder, fresh).resect_plan.names == cut().resect_plan.names
 
 
+def test_of_many_differences_the_first_are_listed(tmp_path):
+    resect.save(cut(), tmp_path / "cut")
+    with pytest.raises(InputError, match=r"24 problems(\n  - .*){8}\n  … and 16 more$"):
+        resect.load(tmp_path / "cut", Net((False,) * 8, width=6))
+
+
 @pytest.mark.parametrize("limit", [500, 5000, 40_000], ids=["any file", "the plan", "the weights"])
 def test_without_space_the_folder_before_stays(tmp_path, limit):
     folder = tmp_path / "cut"

@@ -211,9 +211,10 @@ class Replay(TorchFunctionMode):
             return None
         event = self._events[self._place]
         if event.what != what or not same(event.given, (args, kwargs)):
-            raise NotTheSame(
-                f"{_named(what)} was called where the run before called {_named(event.what)}, or on others"
-            )
+            where = f"where the run before called {_named(event.what)}"
+            if _named(what) == _named(event.what):
+                where = "in another place" if event.what != what else "with other inputs than in the run before"
+            raise NotTheSame(f"{_named(what)} was called {where}")
         return event
 
     def _begin(self, what: Any, args: Any, kwargs: Any) -> Event:

@@ -144,7 +144,7 @@ class Run:
     def _say(self, why: str) -> None:
         self.proof.in_full = why
         warnings.warn(
-            f"Every altered network is run in full, from the input on: {why}. The results are the same, later.",
+            f"Every altered network is run in full, from the input on: {why}. The results are the same, slower.",
             stacklevel=2,
         )
 

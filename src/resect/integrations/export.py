@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,7 @@ def export(
     format: ``"onnx"`` (opset of the installed torch) or ``"pt2"``; by default what the suffix says.
     dynamic: whether the file takes any batch size. It is then compared at the example's, at one more and at 1.
 
+    A transformers language model is exported without its key-value cache, as if the example held ``use_cache=False``.
     Every output is compared with the model's: by onnxruntime on the CPU, or by the reloaded program. Differences up to
     1e-4 of the largest output pass for fp32 (fp64 1e-5, fp16 2e-2, bf16 5e-2).
 
@@ -79,7 +81,7 @@ def export(
     if dynamic:
         example = _at_least_two(example)
     examples = _sizes(example) if dynamic else [example]
-    with quiet(model):
+    with quiet(model), _without_cache(model, example):
         program = exported_program(model, example, _batch(example) if dynamic else None)
         wanted = [outputs(one.run(model)) for one in examples]
         with files_beside(target) as folder:
@@ -87,6 +89,21 @@ def export(
             run = (write_onnx if kind == "onnx" else write_pt2)(program, file)
             difference = max(_compare(run(one), want) for one, want in zip(examples, wanted, strict=True))
     return Exported(target, kind, difference, tuple(_batch(one) for one in examples))
+
+
+@contextmanager
+def _without_cache(model: nn.Module, example: Example) -> Iterator[None]:
+    """Let a transformers model hand back no cache, which no file can hold, unless the example asks for one."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    caching = [] if "use_cache" in example.kwargs else caching
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 def _format(path: Path, format: str | None) -> str:

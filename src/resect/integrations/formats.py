@@ -41,7 +41,9 @@ def exported_program(model: nn.Module, example: Example, batch: int | None) -> E
             model, example.args, dict(example.kwargs), dynamic_shapes=by_name if by_name else None, strict=False
         )
     except Exception as error:  # whatever the model's own code raises under tracing
-        said = f"{_first_line(error)}{_where(error)}{_advice(error, batch is not None)}"
+        cached = re.search(r"Found <class '[\w.]*Cache'> in output", str(error))
+        said = "it hands back its cache: put use_cache=False into the example." if cached else ""
+        said = said or f"{_first_line(error)}{_where(error)}{_advice(error, batch is not None)}"
         raise ExportError(f"This {type(model).__name__} cannot be exported: {said}") from error
 
 

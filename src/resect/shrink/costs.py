@@ -38,8 +38,8 @@ class BlockCosts:
     def latency(self, without: Iterable[str] = (), batch: int | None = None) -> tuple[float, float]:
         """Return the milliseconds of the network without some blocks, and ±: the half-width of their 95 % interval.
 
-        ``batch``: one of the batch sizes measured, by default the first. Raises ``InputError`` for another, or for
-        unknown names.
+        ``batch``: one of the batch sizes measured, by default the first. A block alone in its owner may go by the
+        owner's name. Raises ``InputError`` for another batch size, or for unknown names.
         """
         batch = next(iter(self.latencies), None) if batch is None else batch
         if batch is None or batch not in self.latencies:
@@ -73,11 +73,17 @@ class BlockCosts:
         return gone / max(1, self.whole[quantity])
 
     def _kept(self, without: Iterable[str]) -> Tensor:
-        gone = set(without)
-        strangers = sorted(gone - set(self.names))
-        if strangers:
-            raise unknown("block in these costs", strangers[0], self.names)
+        gone = {self._meant(name) for name in without}
         return torch.tensor([float(name not in gone) for name in self.names], dtype=torch.float64)
+
+    def _meant(self, name: str) -> str:
+        """A block's name, or its owner's alone where that holds no other block."""
+        owned = [other for other in self.names if name == other.partition("/")[0]]
+        if name not in self.names and len(owned) > 1:
+            raise InputError(f"{name!r} holds {len(owned)} residual blocks. Name one of them: {', '.join(owned)}.")
+        if name not in self.names and not owned:
+            raise unknown("block in these costs", name, self.names)
+        return name if name in self.names else owned[0]
 
     def __str__(self) -> str:
         heads = ["parameters", "FLOPs", *(f"ms at batch {batch}" for batch in self.latencies)]
@@ -122,7 +128,7 @@ def block_costs(
     ------
     BlocksError: no blocks, blocks of another model, no example; with ``batches``, blocks inside one another, or one
         whose beginning cannot be seen.
-    InputError: batch sizes that are no whole numbers from 1, fewer than 2 rounds.
+    InputError: a list of batches for an example; batch sizes that are no whole numbers from 1, fewer than 2 rounds.
     AttachError: a gate or method is still attached.
 
     >>> costs = resect.block_costs(model, blocks, x, batches=(1, 32))
@@ -134,6 +140,11 @@ def block_costs(
         raise BlocksError("There is nothing to weigh: the selection of residual blocks is empty.")
     if example is None and blocks.example is None:
         raise BlocksError("These blocks carry no example to run. Pass one: block_costs(model, blocks, example).")
+    if isinstance(example, list) and example and all(isinstance(item, (Mapping, tuple, list)) for item in example):
+        raise InputError(
+            f"block_costs takes one example, not batches, and this is a list of {len(example)}. Pass one of them, "
+            "data[0]; of an (inputs, target) pair the inputs, data[0][0]."
+        )
     wrong = [batch for batch in batches if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1]
     if wrong or rounds < 2:
         raise InputError(f"Batch sizes must be whole numbers from 1 and rounds at least 2; got {batches} and {rounds}.")

@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
 BASE = "base.json"
 CARD = "README.md"
+SHOWN = 8
+"""Differences that an error lists: another depth alone makes a hundred."""
 
 
 def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None = None) -> None:
@@ -82,7 +84,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     Raises
     ------
     FileError: the folder is missing, incomplete, damaged (its hash differs) or not written by Resect; a pickle.
-    InputError: ``model`` is not the architecture that was cut; every difference is listed.
+    InputError: ``model`` is not the architecture that was cut; the first eight differences are listed.
     """
     folder = Path(path)
     refuse_pickle(folder)
@@ -95,14 +97,14 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     weights = dict(model.named_parameters())
     missing = [f"no module {name!r}" for block in plan.blocks for name in block.modules if name not in modules]
     missing += [f"no parameter {name!r}" for b in plan.blocks for name in b.raw_parameters if name not in weights]
-    check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut")
+    check_all(missing, f"This {type(model).__name__} is not the {plan.model} that was cut", limit=SHOWN)
     small = shaped(model, plan)
     _check_fits(small, tensors, plan)
     # Tied tensors are stored once: strict=False after the check above, which knows about ties.
     small.load_state_dict(_with_versions(tensors, small), strict=False)
     loaded = small.state_dict()
     changed = [f"{key!r} is not what the file holds" for key in tensors if not _same(loaded[key], tensors[key])]
-    check_all(changed, "The weights did not survive loading (another dtype, or tied weights)")
+    check_all(changed, "The weights did not survive loading (another dtype, or tied weights)", limit=SHOWN)
     return small
 
 
@@ -156,4 +158,4 @@ def _check_fits(small: nn.Module, tensors: dict[str, Any], plan: Plan) -> None:
         for key in tensors
         if key in own and tensors[key].shape != own[key].shape
     ]
-    check_all(problems, f"This {type(small).__name__} is not the {plan.model} that was cut", InputError)
+    check_all(problems, f"This {type(small).__name__} is not the {plan.model} that was cut", limit=SHOWN)

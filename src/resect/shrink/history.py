@@ -58,14 +58,25 @@ def original(name: str, moved: Mapping[str, str]) -> str:
 def name_in(small: nn.Module, name: str) -> str:
     """Return what a module of the uncut model is called in a cut one.
 
-    Raises ``InputError`` if it is gone.
+    Raises ``InputError`` if it is gone, or nothing but a stub of a removed block.
     """
     plan = getattr(small, "resect_plan", None)
     moved = plan.evidence.get(COMPACT, {}).get("moved", {}) if isinstance(plan, Plan) else {}
     found = next((path for path, _ in small.named_modules() if original(path, moved) == name), None)
-    if found is None:
+    if found is None or (isinstance(plan, Plan) and name in _stubs(plan)):
         raise InputError(f"The cut model has no module {name!r} any more. Name one that was kept.")
     return found
+
+
+def _stubs(plan: Plan) -> set[str]:
+    """The modules of removed blocks that are left by name alone; a linear map in a block's place is none."""
+    replaced = {name for name, run in plan.evidence.get(REPLACED, {}).items() if run["linear"]}
+    return {
+        module
+        for block in plan.blocks
+        for position, module in enumerate(block.modules)
+        if block.calls[position] is None and (block.name not in replaced or position != block.end)
+    }
 
 
 def _merged(past: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

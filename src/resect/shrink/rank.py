@@ -20,7 +20,7 @@ from resect.shrink.costs import BlockCosts
 from resect.shrink.missed import Missed
 from resect.shrink.ranking import CONTROLS, Ranking, Rung
 from resect.shrink.recoverability import recoverability
-from resect.shrink.streams import stream_scores, unbroken
+from resect.shrink.streams import SCORES, stream_scores, unbroken
 from resect.shrink.taylor import taylor_scores
 
 By: TypeAlias = Literal["lesion", "influence", "angle", "size", "taylor", "recoverability", "random", "last"]
@@ -29,8 +29,6 @@ Search: TypeAlias = Literal["once", "greedy", "beam", "runs"]
 Set = tuple[str, ...]
 Scorer = Callable[[Set, list[Set]], list[float]]
 """``score(gone, sets)``: how much each set of blocks is missed where ``gone`` are gone already."""
-
-_STREAM = ("influence", "angle", "size")
 
 
 def rank(
@@ -116,7 +114,7 @@ def rank(
 
     alone: list[float]
     if search == "runs":
-        several = find.runs(count, depth, lambda at: by not in _STREAM or unbroken(blocks, _joined(sets, at)))
+        several = find.runs(count, depth, lambda at: by not in SCORES or unbroken(blocks, _joined(sets, at)))
         missed.total = len(several)
         scores = scored((), several)
         alone = scores[:count]  # a unit by itself is always a run
@@ -179,7 +177,7 @@ def _scorer(
         return lambda gone, sets: [
             recoverability(model, blocks, (*gone, *names), data, seed=seed, forward=forward) for names in sets
         ]
-    if by in _STREAM:
+    if by in SCORES:
         return lambda gone, sets: stream_scores(model, blocks, data, gone, sets, str(by), forward)
     if by == "random":
         dice = random.Random(seed)
@@ -224,7 +222,7 @@ def _check(by: Any, unit: Any, search: Any, costs: BlockCosts | None, data: Any)
     fixed = isinstance(by, Mapping) or by in CONTROLS
     said = "numbers of your own" if isinstance(by, Mapping) else f"by={by!r}"
     if search == "greedy" and fixed:
-        raise InputError(f"search='greedy' scores again after each cut, and {said} stay what they are. Use 'once'.")
+        raise InputError(f"search='greedy' scores again after each cut, which changes nothing of {said}. Use 'once'.")
     if search == "beam" and by != "lesion":
         raise InputError(f"search='beam' compares nets by the metric, so it goes with by='lesion', not with {said}.")
     if search == "beam" and costs is not None:

@@ -17,6 +17,7 @@ from resect.blocks.plan import Plan
 from resect.errors import InputError, quoted
 from resect.shrink.costs import QUANTITIES, BlockCosts, check_shares
 from resect.shrink.search import in_order
+from resect.shrink.streams import SCORES, unbroken
 
 CONTROLS = ("random", "last")
 """Orders that ask neither the model nor the data: what every other score is to beat."""
@@ -163,9 +164,21 @@ class Ranking:
         if not found:
             near = min((len(rung.units) for rung in ladder), key=lambda size: abs(size - n))
             raise InputError(
-                f"There is no set of {n} {self.unit}s on this ladder. The nearest has {near}: choose(n={near})."
+                f"There is no set of {n} {self.unit}s on this ladder{self._why_none(n)}. The nearest has {near}: "
+                f"choose(n={near})."
             )
         return found
+
+    def _why_none(self, n: int) -> str:
+        """Say why the ladder has no set of this size."""
+        if any(len(rung.units) == n for rung in self.ladder):
+            return ": keep= holds some of each that there was"
+        units = list(self.units)
+        runs = (self.names(units[start : start + n]) for start in range(len(units) - n + 1))
+        if self.search == "runs" and self.by in SCORES and not any(unbroken(self.blocks, tuple(run)) for run in runs):
+            inside = f"another shortcut inside, across which by={self.by!r} cannot look"
+            return f": no run of {n} neighbours is without {inside}"
+        return f": rank() was called with depth={max(len(rung.units) for rung in self.ladder)}"
 
     def _by_cost(self, costs: BlockCosts, fewer: Collection[str]) -> Ranking:
         """The ladder by score per share saved, where units were scored once and without costs."""
@@ -225,14 +238,15 @@ class Ranking:
             evidence["latency_ms"] = {
                 str(b): {"whole": [*costs.latency((), b)], "cut": [*costs.latency(names, b)]} for b in costs.latencies
             }
-        scores = {name: score for unit, score in self.scores.items() for name in self.units[unit]}
+        scored = {} if self.by in CONTROLS else self.scores  # an order without reasons
+        scores = {name: score for unit, score in scored.items() for name in self.units[unit]}
         return Plan(tuple(self.blocks.select(names)), self.by, scores, evidence, self.blocks.model)
 
     def __str__(self) -> str:
         costs = f", per {'ms' if self.costs.latencies else 'FLOP'} saved" if self.costs else ""
         head = f"{len(self.scores)} {self.unit}s by {self.by}{costs}, search: {self.search}"
         head += f"; {self.metric} of the whole model: {self.baseline:.4g}" if self.baseline is not None else ""
-        lines, before = [head], frozenset[str]()
+        lines, before, shown = [head], frozenset[str](), self.by not in CONTROLS
         for rung in self.ladder:
             now = frozenset(rung.units)
             new = [unit for unit in self.scores if unit in now - before]
@@ -241,7 +255,7 @@ class Ranking:
                 if before < now and before
                 else quoted_plain(new if before < now else rung.units)
             )
-            score = f"{self.scores[new[0]]:+.4g}" if before < now and len(new) == 1 else ""
+            score = f"{self.scores[new[0]]:+.4g}" if shown and before < now and len(new) == 1 else ""
             value = f"  {self.metric} {rung.value:.4g}" if rung.value is not None else ""
             lines.append(f"  {len(now):>3}  {text:<40} {score:>10}{value}".rstrip())
             before = now

@@ -58,7 +58,8 @@ def replace(
     Parameters
     ----------
     model, blocks, plan: as in ``remove``; the model is left alone.
-    data: batches, labels not needed; the first ``samples`` samples are used, a fifth of the batches to measure.
+    data: batches, labels not needed; the first ``samples`` samples are used, a fifth of the batches, but
+        at least one, to measure; of a single batch both, see ``held_out`` below.
     by: ``"linear"``.
     forward: how to run one batch, ``(model, batch) -> output``, where the default does not fit.
     compact: as in ``remove``; only for runs that were merged.
@@ -67,7 +68,9 @@ def replace(
     -------
     The smaller model. ``small.resect_plan.evidence["replaced"]`` holds per run, by its first block's name, ``blocks``,
     ``merged_into`` (a module's name, or None), ``error`` and ``error_removed``: the relative distance ‖difference‖ /
-    ‖sum after the run‖ on held-out batches, with the map and with plain removal. ``resect.save`` and ``load`` take it.
+    ‖sum after the run‖ with the map and with plain removal, on ``held_out`` batches that the fit did not see (0: the
+    data were one batch, and this is the distance on what was fitted); and ``helps``, whether the first is the smaller.
+    A map that does not help is put in place all the same: use ``remove``. ``resect.save`` and ``load`` take it.
 
     Raises
     ------
@@ -152,11 +155,14 @@ def _fit(
     else:
         kept = {"in": weight.shape[1], "out": weight.shape[0]} | ({} if strides is None else {"stride": list(strides)})
         stand_in(small, carrier, filled(linear_of(kept), weight, bias))
+    error = _distance((wanted.sum, here.sum) for wanted, here in map(both, measuring))
     return {
         "blocks": [block.name for block in run],
         "merged_into": None if way is None else way.module,
-        "error": _distance((wanted.sum, here.sum) for wanted, here in map(both, measuring)),
+        "error": error,
         "error_removed": removed,
+        "helps": error < removed,
+        "held_out": held_out,
         "linear": kept or None,
     }
 

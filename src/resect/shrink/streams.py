@@ -24,6 +24,7 @@ Set = tuple[str, ...]
 Look = Callable[[Tensor, Tensor | None], Tensor]
 """``look(stream, mask)``: what is kept of a stream (B, places, C); ``mask``, (B, places): which are no padding."""
 PLACES = 16
+SCORES = ("influence", "angle", "size")
 
 
 def influence(start: Tensor, end: Tensor) -> Tensor:
