@@ -201,7 +201,7 @@ def test_a_model_that_does_otherwise_each_time_is_run_in_full(plain):
         return model(x * 1.0 if next(turn) % 2 else x + 0.0)
 
     with running(net, blocks, forward) as run:
-        with pytest.warns(UserWarning, match=r"called with other inputs than in the run before\. .*the same, slower\."):
+        with pytest.warns(UserWarning, match=r"was called where the run before called \w+\. .*the same, slower\."):
             ours = list(run.each(x, subsets))
         full = [run._full(x, frozenset(subset)) for subset in subsets]
     assert all(torch.equal(a, b) for a, b in zip(ours, full, strict=True))
@@ -247,7 +247,7 @@ def test_language_models_without_a_cache_and_with_one():
         full = [run._full(tokens, frozenset(subset)) for subset in subsets]
     with (
         running(model, blocks, lambda model, x: model(x).logits) as run,
-        pytest.warns(UserWarning, match="LlamaDecoderLayer was called in another place"),
+        pytest.warns(UserWarning, match="LlamaDecoderLayer was called with other inputs"),
     ):
         cached = list(run.each(tokens, subsets))
     for a, b, c in zip(ours, full, cached, strict=True):
