@@ -6,6 +6,7 @@ import csv
 import json
 import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ def test_find_shows_a_table_and_json(resect):
 
 def alike(whole, bare, blocks, *_):
     return Latency(torch.ones(1 + len(blocks), dtype=torch.float64), torch.zeros(1 + len(blocks), dtype=torch.float64))
+
+
+def evidence_of(folder):
+    return json.loads((Path(folder) / "plan.json").read_text())["evidence"]
 
 
 def test_the_steps_alone(resect, tmp_path, monkeypatch):
@@ -76,14 +81,29 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
     assert code == 0, err
     assert "6 residual blocks to go" in out
 
-    code, out, _ = resect("shrink", "runs/a", "--blocks", "2", "--out", "cut")
+    code, out, err = resect("shrink", "runs/a", "--blocks", "2", "--recover", "1", "--out", "cut")
     assert code == 0, out
     assert "Proven equal" in out
+    assert "FLOPs of one sample: " in out
+    assert "has random weights" not in err
+    assert not err.endswith("\n\n")
+    evidence, card = evidence_of("cut"), " ".join(Path("cut/README.md").read_text().split())
+    assert evidence["recovered"] == {"epochs": 1}
+    assert f"{evidence['test_error']['uncut']:.2f} %" in out
+    assert f"→ {evidence['test_error']['cut']:.2f} %" in out
+    assert evidence["test_error"]["data"] in card
+    assert "trained for 1 epoch, " in card
+    assert "`base.json`, beside" in card
     code, out, _ = resect("find", "cut")
     assert code == 0, out
     assert "4 residual blocks" in out
     code, out, _ = resect("shrink", "cut", "--names", "layer1.1", "--out", "cut2")
     assert code == 0, out
+    assert evidence_of("cut2")["recovered"] == {"epochs": 1}
+    assert evidence_of("cut2")["test_error"]["uncut"] == evidence["test_error"]["uncut"]
+    code, out, _ = resect("shrink", "runs/a", "--plan", "cut", "--out", "cut4")
+    assert code == 0, out
+    assert "recovered" not in evidence_of("cut4")
     code, out, _ = resect(
         "shrink", "runs/a", "--names", "layer1.1", "--out", "cut3", "--replace", "--export", "cut.pt2"
     )
@@ -120,7 +140,14 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
         (["shrink", "cifar-resnet-8", "--blocks", "1", "--names", "layer1.0", "--dry-run"], "Give one of --names"),
         (["shrink", "cifar-resnet-8", "--blocks", "1", "--dry-run"], "has no data of its own"),
         (["shrink", "cifar-resnet-8", "--out", "x", "--names", "layer9.1"], "Unknown residual block"),
-        (["shrink", "cifar-resnet-8", "--out", "x", "--plan", "no.json"], "Cannot read the plan"),
+        (["shrink", "runs/nothing", "--out", "x", "--plan", "no.json"], "Cannot read the plan"),
+        (["shrink", "runs/nothing", "--out", "x", "--plan", "."], "Cannot read the plan 'plan.json'"),
+        (["shrink", "runs/nothing", "--out", "x", "--at-most-worse", "-1"], "from 0 up, not -1"),
+        (
+            ["shrink", "runs/nothing", "--out", "x", "--names", "layer1.0", "--export", "a.tflite"],
+            "end in .onnx or .pt2",
+        ),
+        (["shrink", "cifar-resnet-8", "--out", "x", "--names", "layer9.1"], "has random weights"),
         (["report", "."], "no report folder"),
         (["report", "gradients.csv"], "does not exist"),
     ],

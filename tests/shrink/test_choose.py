@@ -128,6 +128,7 @@ def test_wishes_that_make_no_sense_are_refused():
         ({"n": True}, "whole number from 1 to 5"),
         ({"fewer": {"latency": 30}}, "above 0 and below 1"),
         ({"fewer": {"latncy": 0.3, "flops": 0}}, "(?s)did you mean 'latency'.*flops: 0 must"),
+        ({"fewer": {"speed": 0.5}}, "'speed' is none of"),
         ({"fewer": 0.3}, "must name shares"),
         ({"at_most_worse": -1}, "from 0 up"),
         ({"at_most_worse": 1}, "not every set on this ladder was measured"),

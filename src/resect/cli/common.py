@@ -66,14 +66,20 @@ def with_blocks(
     batches = opened.batches("test", limit, size)
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
-    if opened.recipe is None and not opened.pretrained:
-        err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
-    elif opened.gated:
+    if not warned_of_random(opened) and opened.gated:
         err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
     if isinstance(opened.data, TextData):
         count, length = opened.data.sequences.shape
         err.print(f"{opened.data.name}: {count} sequences of {length} {opened.data.tokens}.", highlight=False)
     return opened, blocks, batches
+
+
+def warned_of_random(opened: Any) -> bool:
+    """Warn where a model's weights are random; returns whether they are."""
+    random = opened.recipe is None and not opened.pretrained
+    if random:
+        err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
+    return random
 
 
 def need_blocks(name: str, blocks: Any) -> None:

@@ -72,9 +72,7 @@ def export(
     InputError: an unknown format, no batch dimension, or a package that is missing (``pip install 'resect[export]'``).
     FileError: the place cannot be written.
     """
-    target, kind = Path(path), _format(Path(path), format)
-    if kind == "onnx":
-        _check_installed()
+    target, kind = Path(path), format_of(Path(path), format)
     check_detached(model)
     model = unwrap(model)
     example = Example.of(example).to(device_of(model))
@@ -106,12 +104,15 @@ def _without_cache(model: nn.Module, example: Example) -> Iterator[None]:
             config.use_cache = True
 
 
-def _format(path: Path, format: str | None) -> str:
+def format_of(path: Path, format: str | None = None) -> str:
+    """Return the format to write a file in; ``InputError`` for another suffix, or a package that is missing."""
     if format is not None and format not in SUFFIXES:
         raise unknown("format", format, SUFFIXES)
     found = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if found is None or (format or found) != found:
         raise InputError(f"{str(path)!r} must end in {SUFFIXES.get(format or '', '.onnx or .pt2')}.")
+    if found == "onnx":
+        _check_installed()
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,7 +38,8 @@ class Wishes:
 
     number: int | None = None
     names: str | None = None
-    file: Path | None = None
+    plan: Plan | None = None
+    """What a file says."""
     fewer: dict[str, float] = field(default_factory=dict)
     worse: float | None = None
     keep: tuple[str, ...] = ()
@@ -52,10 +54,12 @@ class Wishes:
         return self.number is not None or bool(self.fewer) or self.worse is not None
 
 
-def read_wishes(fewer: str, target_latency: float | None, keep: str, **others: Any) -> Wishes:
-    """Read ``latency=0.3,flops=0.2``, ``layer1.0,layer2.0``, and the share of latency to be left.
+def read_wishes(
+    fewer: str, target_latency: float | None, keep: str, *, plan: Path | None = None, **others: Any
+) -> Wishes:
+    """Read ``latency=0.3,flops=0.2``, ``layer1.0,layer2.0``, the share of latency to be left, and the file of a plan.
 
-    Raises ``InputError`` with everything that is wrong with them.
+    Raises ``InputError`` with everything that is wrong with them; ``FileError`` for a file that is no plan.
     """
     shares: dict[str, float] = {}
     wrong = []
@@ -73,6 +77,9 @@ def read_wishes(fewer: str, target_latency: float | None, keep: str, **others: A
                 f"--target-latency is the share of latency that is left, 0.7 for 30 % less, not {target_latency:g}"
             )
         shares["latency"] = 1 - target_latency
+    worse = others.get("worse")
+    if worse is not None and not 0 <= worse < math.inf:
+        wrong.append(f"--at-most-worse is points of error that it may cost, from 0 up, not {worse:g}")
     check_all(wrong, "What shall go")
     if shares:
         check_shares(shares)
@@ -80,7 +87,7 @@ def read_wishes(fewer: str, target_latency: float | None, keep: str, **others: A
     for what, said, known in (("score", wishes.by, By), ("search", wishes.search, Search), ("unit", wishes.unit, Unit)):
         if said is not None and said not in get_args(known):
             raise unknown(what, said, get_args(known))
-    if sum((wishes.ranked, wishes.names is not None, wishes.file is not None)) > 1:
+    if sum((wishes.ranked, wishes.names is not None, plan is not None)) > 1:
         raise InputError(
             "Give one of --names, --plan, and what is to be ranked for: --blocks, --fewer, --target-latency, "
             "--at-most-worse."
@@ -90,7 +97,12 @@ def read_wishes(fewer: str, target_latency: float | None, keep: str, **others: A
             "--keep, --by, --search and --unit are about ranking. Say how much shall go: --blocks N, "
             "--fewer flops=0.3, --target-latency 0.7 or --at-most-worse 0.5."
         )
-    return wishes
+    return wishes if plan is None else replace(wishes, plan=_read(plan))
+
+
+def _read(file: Path) -> Plan:
+    """The plan in a file, or in the folder of a cut model or a run."""
+    return Plan.load(file / "plan.json" if file.is_dir() else file)
 
 
 def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
@@ -104,11 +116,11 @@ def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, s
         return Plan.of(blocks, [name.strip() for name in wishes.names.split(",")])
     # That of a net that was cut says what is gone already.
     own = opened.folder / "plan.json" if opened.folder and not hasattr(opened.model, "resect_plan") else None
-    if wishes.file is None and (own is None or not own.exists()):
+    if wishes.plan is None and (own is None or not own.exists()):
         raise InputError(
             "Nothing says which blocks to cut. Give --blocks N, --target-latency 0.7, --names a,b or --plan FILE."
         )
-    plan = Plan.load(wishes.file or own)  # type: ignore[arg-type]
+    plan = wishes.plan or Plan.load(own)  # type: ignore[arg-type]
     if not plan.blocks:
         raise InputError(
             "This plan cuts nothing: no block was muted in every step of the last epochs. "
@@ -190,7 +202,9 @@ def expected(opened: Opened, blocks: Blocks, plan: Plan, limit: int) -> Iterator
     for batch in BATCHES:
         (whole, more), (cut, less) = costs.latency((), batch), costs.latency(plan.names, batch)
         change = f"{whole:.2f} ± {more:.2f} → {cut:.2f} ± {less:.2f} ms ({cut / whole - 1:+.1%})"
-        yield f"Latency at batch {batch}: {change}."
+        noisy = more > whole / 3 or less > cut / 3
+        doubt = " (too noisy to say: try again on a quiet machine)" if noisy else ""
+        yield f"Latency at batch {batch}: {change}.{doubt}"
     flops, parameters = (costs.saved(quantity, plan.names) for quantity in ("flops", "parameters"))
     yield f"FLOPs: {-flops:+.1%}. Parameters: {-parameters:+.1%}."
     if opened.data is None:

@@ -79,5 +79,9 @@ def progress_bar(console: Console) -> Iterator[Bars]:
     """Show progress bars for the length of a ``with`` statement."""
     name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     columns = (name, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_OVER) as progress:
+    progress = Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_OVER)
+    if not console.is_interactive:  # where bars are not seen, all that would come of them is an empty line at the end
+        yield Bars(progress)
+        return
+    with progress:
         yield Bars(progress)

@@ -10,11 +10,11 @@ from torch import nn
 
 from resect import __version__
 from resect.blocks.plan import Plan
-from resect.shrink.history import COMPACT, REPLACED
+from resect.shrink.history import COMPACT, MEASURES, RECOVERED, REPLACED
 
 
-def card(small: nn.Module, plan: Plan) -> str:
-    """Return the card as Markdown. It says no more than the plan knows."""
+def card(small: nn.Module, plan: Plan, *, base: bool = False) -> str:
+    """Return the card as Markdown. It says no more than the plan knows. ``base``: whether base.json lies beside it."""
     weights = sum(parameter.numel() for parameter in small.parameters())
     replaced = plan.evidence.get(REPLACED, {})
     how = (
@@ -27,16 +27,16 @@ def card(small: nn.Module, plan: Plan) -> str:
             f"# {plan.model or type(small).__name__}, cut",
             "",
             f"Cut from a {plan.model or type(small).__name__}: {len(plan.blocks)} of its residual blocks, listed "
-            f"below. {weights:,} parameters are left. {how}. Training afterwards changes the weights, and is not "
-            "recorded here unless the evidence says so.",
+            f"below. {weights:,} parameters are left. {how}. {_trained(plan)}",
             "",
             f"Chosen by: {plan.by}. Written by Resect {__version__}.",
             "",
             *_blocks(plan),
             "",
+            *_outcome(plan),
             *_replaced(replaced),
             *_evidence(plan),
-            *_loading(small, plan),
+            *_loading(small, plan, base),
         ]
     )
 
@@ -50,6 +50,24 @@ def _blocks(plan: Plan) -> list[str]:
     least = min(kept, key=kept.__getitem__, default=None)
     more = [] if least is None else ["", f"The lowest score that stayed: `{least}`, {_number(kept[least])}."]
     return ["| gone | shortcut | parameters | score |", "|---|---|---|---|", *rows, *more]
+
+
+def _trained(plan: Plan) -> str:
+    found = plan.evidence.get(RECOVERED)
+    epochs = found.get("epochs") if isinstance(found, Mapping) else None
+    if not epochs:
+        return "Training afterwards changes the weights, and is not recorded here."
+    often = f"{epochs} epoch{'s' * (epochs != 1)}"
+    return f"Afterwards it was trained for {often}, with the model that it was cut from as its teacher."
+
+
+def _outcome(plan: Plan) -> list[str]:
+    rows = [
+        f"| {name} | {found['data']} | {found['uncut']:.4g} | {found['cut']:.4g} |"
+        for key, name in MEASURES.items()
+        if isinstance(found := plan.evidence.get(key), Mapping) and found.keys() == {"uncut", "cut", "data"}
+    ]
+    return ["| measured | on | uncut | as saved here |", "|---|---|---|---|", *rows, ""] if rows else []
 
 
 def _replaced(replaced: Mapping[str, Any]) -> list[str]:
@@ -70,7 +88,7 @@ def _evidence(plan: Plan) -> list[str]:
     return ["## Evidence", "", "```json", json.dumps(known, indent=1), "```", ""]
 
 
-def _loading(small: nn.Module, plan: Plan) -> list[str]:
+def _loading(small: nn.Module, plan: Plan, base: bool) -> list[str]:
     home = type(small).__module__
     lines = [
         "## Loading",
@@ -82,6 +100,7 @@ def _loading(small: nn.Module, plan: Plan) -> list[str]:
         f"small = resect.load(FOLDER, model)  # model: the uncut {plan.model or type(small).__name__}",
         "```",
         "",
+        *(["`base.json`, beside this card, says how the uncut model is built.", ""] if base else []),
     ]
     compacted = plan.evidence.get(COMPACT)
     if not compacted or any(run["linear"] for run in plan.evidence.get(REPLACED, {}).values()):

@@ -184,7 +184,8 @@ def check_shares(fewer: Any) -> None:
     for quantity, share in fewer.items():
         if quantity not in QUANTITIES:
             near = nearest(str(quantity), QUANTITIES)
-            wrong.append(f"{quantity!r} is none of {quoted(QUANTITIES)}" + f"; did you mean {near[0]!r}?" * bool(near))
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            wrong.append(f"{quantity!r} is none of {quoted(QUANTITIES)}{hint}")
         elif isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
             wrong.append(f"{quantity}: {share!r} must be a share above 0 and below 1, 0.3 for 30 %")
     check_all(wrong, "fewer")

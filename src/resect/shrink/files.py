@@ -52,7 +52,7 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
     with whole_folder(Path(path), own=(WEIGHTS, PLAN, BASE, CARD)) as folder:
         save_model(small, str(folder / WEIGHTS))
         (folder / PLAN).write_text(plan_document(plan, folder / WEIGHTS), encoding="utf-8")
-        (folder / CARD).write_text(card(small, plan), encoding="utf-8")
+        (folder / CARD).write_text(card(small, plan, base=base is not None), encoding="utf-8")
         if base is not None:
             (folder / BASE).write_text(json.dumps(base, indent=1), encoding="utf-8")
 

@@ -16,6 +16,12 @@ COMPACT = "compact"
 """Key of a plan's evidence that holds what ``compact`` did."""
 REPLACED = "replaced"
 """Key of what ``replace`` put in the place of runs of blocks, by the name of each run's first."""
+RECOVERED = "recovered"
+"""Key of what was trained afterwards: ``{"epochs": N}``."""
+MEASURES = {"test_error": "test error (%)", "perplexity": "perplexity"}
+"""Keys of what was measured before and after, ``{"uncut": …, "cut": …, "data": …}``, and what they are called."""
+OUTCOME = (RECOVERED, *MEASURES)
+"""Keys of what came of a cut, and is not true any more of the next."""
 
 
 def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None = None) -> Plan:
@@ -30,6 +36,7 @@ def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None 
     past = earlier.evidence.get(COMPACT, {}) if earlier is not None else {}
     moved = past.get("moved", {})
     evidence = {**(earlier.evidence if earlier is not None else {}), **plan.evidence}
+    evidence = {key: value for key, value in evidence.items() if key not in OUTCOME}
     if compacted is not None:
         evidence[COMPACT] = _merged(past, compacted)
     if REPLACED in evidence:
