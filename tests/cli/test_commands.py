@@ -160,6 +160,17 @@ def test_a_mistake_gets_one_message_and_writes_nothing(resect, tmp_path, argumen
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "damage", [{"blocks": [3]}, {"blocks": 3}, {"scores": []}, {"evidence": None}, {"blocks": None}]
+)
+def test_a_damaged_plan_is_told_before_anything_opens(resect, tmp_path, damage):
+    whole = {"format": "resect-plan", "version": 1, "blocks": [], "by": "x", "scores": {}, "evidence": {}, "model": ""}
+    (tmp_path / "plan.json").write_text(json.dumps(whole | damage))
+    code, _, err = resect("shrink", "runs/nothing", "--out", "x", "--plan", "plan.json")
+    assert code == 1
+    assert "Cannot read the plan 'plan.json': This plan is damaged" in err
+
+
 def test_unknown_commands_and_options_get_the_nearest(resect):
     code, _, err = resect("finde", "x")
     assert code == 2

@@ -72,6 +72,10 @@ class Plan:
             raise InputError('This is not a plan written by Resect (no "format": "resect-plan").')
         if data.get("version") != VERSION:
             raise InputError(f"This plan has version {data.get('version')!r}; this Resect reads version {VERSION}.")
+        wrong = [key for key in ("scores", "evidence") if not isinstance(data.get(key), Mapping)]
+        wrong += ["blocks"] * (not _mappings(data.get("blocks")))
+        if wrong:
+            raise InputError(f"This plan is damaged: look at its {', '.join(wrong)}.")
         try:
             return cls(
                 tuple(ResidualBlock.from_json(block) for block in data["blocks"]),
@@ -102,3 +106,7 @@ class Plan:
             score = f"  {self.scores[block.name]:+.4g}" if block.name in self.scores else ""
             lines.append(f"  {block.name}  ({block.shortcut}, {block.parameters:,} parameters){score}")
         return "\n".join(lines)
+
+
+def _mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
