@@ -169,7 +169,7 @@ def test_classes_that_lose_most_come_first_and_few_of_many_are_drawn() -> None:
         for net, change in {"uncut": 0.0, "cut": 0.002 * (i - 10)}.items()
     ]
     chart = FIGURES["cut_classes"](rows).to_dict()
-    assert chart["title"]["text"] == "Class that changes for the worst: class 49, +7.8 points"
+    assert chart["title"]["text"] == "The class that the cut costs most: class 49, +7.8 points"
     order = [row["label"] for row in data(chart["layer"][0])]
     assert order == [f"class {i}" for i in (*range(49, 29, -1), *range(9, -1, -1))]
 
