@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
 
     code, out, err = resect("shrink", "runs/a", "--blocks", "2", "--recover", "1", "--out", "cut")
     assert code == 0, out
+    before, after = re.search(r"FLOPs of one sample: ([\d,]+) → ([\d,]+) \(-", out).groups()
+    assert int(before.replace(",", "")) > int(after.replace(",", "")) > 0
     assert "Proven equal" in out
     assert "FLOPs of one sample: " in out
     assert "has random weights" not in err
