@@ -1,8 +1,10 @@
 """A trained CIFAR-10 ResNet at 2.1 times fewer FLOPs: cut by blocks, chosen in several ways, beside Torch-Pruning.
 
 Every row starts from the same trained net, loses FLOPs, and is fine-tuned by the net's own recipe, for `--epochs`
-epochs at `--lr`; `from scratch` is the shape that greedy lesions leave, with new weights, for as many epochs as the
-whole net had.
+epochs at `--lr`, with `--teacher` distilled from the uncut net meanwhile; `trained on` is the uncut net with the same
+epochs and no teacher; `from scratch` is the shape that recoverability leaves, with new weights, for as many epochs as
+the whole net had. `as fast as Torch-Pruning` loses only as many blocks, by recoverability, as bring it down to the time
+that Torch-Pruning's net takes at batch 32, measured in turns.
 `few: …` rows see 500 training images and no labels instead, as in PRACTISE: `resect.mimic` of the features before the
 last layer; of the logits for Torch-Pruning, which changes the width of features. Images are
 those of the run's recipe. Test accuracies are of the last epoch; no test image is used to choose anything.
@@ -45,7 +47,8 @@ FEW = 500  # images
 class Nets:
     """What every row starts from, and how it is cut."""
 
-    def __init__(self, opened: Opened, images: int, steps: int) -> None:
+    def __init__(self, opened: Opened, images: int, steps: int, out: Path) -> None:
+        self.as_fast = out / "as-fast.json"
         self.model, self.recipe, self.steps = opened.model, opened.recipe, steps
         self.data = opened.batches("train", images)
         self.few = opened.batches("train", FEW)
@@ -72,10 +75,24 @@ class Nets:
         return resect.remove(self.model, self.blocks, self.plan(by, **options))
 
     def scratch(self) -> nn.Module:
-        """The shape of `greedy lesion` with the weights that the training began with."""
+        """The shape of `recoverability` with the weights that the training began with."""
         fresh = copy.deepcopy(self.model)
         fresh.load_state_dict(initial_state(self.recipe))
-        return resect.remove(fresh, self.blocks, self.plan("lesion", search="greedy").names)
+        return resect.remove(fresh, self.blocks, self.plan("recoverability").names)
+
+    def as_fast_as_peer(self) -> nn.Module:
+        """The net that loses the fewest blocks, by recoverability, of those that take at most the peer's time."""
+        if self.as_fast.exists():  # a second measurement may end elsewhere, and the training could not go on
+            return resect.remove(self.model, self.blocks, json.loads(self.as_fast.read_text()))
+        ranking = resect.rank(self.model, self.blocks, self.few, by="recoverability")
+        cuts = {str(n): resect.remove(self.model, self.blocks, ranking.choose(n)) for n in range(1, len(self.blocks))}
+        nets = {"peer": self.peer(), **cuts}
+        timed = latency({name: (net, self.test[0][:32]) for name, net in nets.items()}, batches=(32,))
+        ms = {row["variant"]: row["median_ms"] for row in timed}
+        print("  ms: " + ", ".join(f"{name} {took:.1f}" for name, took in ms.items()), flush=True)
+        chosen = next(net for name, net in cuts.items() if ms[name] <= ms["peer"])
+        write_text(self.as_fast, json.dumps(chosen.resect_plan.names))
+        return chosen
 
     def peer(self) -> nn.Module:
         """The net that Torch-Pruning makes; the stream keeps its width where shortcuts pad it, as in the lab's nets.
@@ -101,6 +118,8 @@ class Nets:
             "greedy lesion": partial(self.cut, "lesion", search="greedy"),
             "Torch-Pruning": self.peer,
             "recoverability": partial(self.cut, "recoverability"),
+            "as fast as Torch-Pruning": self.as_fast_as_peer,
+            "trained on": lambda: copy.deepcopy(self.model),
             "from scratch": self.scratch,
             "last": partial(self.cut, "last"),
             **{f"random {seed}": partial(self.cut, "random", seed=seed) for seed in range(draws)},
@@ -122,12 +141,14 @@ def finished(name: str, nets: Nets, make: Callable[[], nn.Module], tuning: Recip
     print(name, flush=True)
     net = make()
     plan = getattr(net, "resect_plan", None)
-    gone = None if "Torch-Pruning" in name else plan.names if plan is not None else []
+    gone = None if name.removeprefix("few: ") == "Torch-Pruning" else plan.names if plan is not None else []
     row = {"row": name, "gone": gone, "parameters": count_parameters(net), "FLOPs": count_flops(net, nets.x),
            "before": 100 - evaluate(net, *nets.test)}  # fmt: skip
     row["after"] = row["before"]
     if name != "uncut" and not name.startswith("few"):
         recipe = nets.recipe if name == "from scratch" else tuning
+        if name == "trained on":
+            recipe = tuning.model_copy(update={"distill": None})
         done = train(
             recipe, folder, model=net, resume=True, progress=lambda now: now.row and print(now.row, flush=True)
         )
@@ -147,6 +168,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
     parser.add_argument("--scratch-epochs", type=int, help="of `from scratch`; as many as the net had by default")
     parser.add_argument("--lr", type=float, default=0.02, help="of fine-tuning, at its height")
+    parser.add_argument("--teacher", action="store_true", help="distil from the uncut net while fine-tuning")
     parser.add_argument("--draws", type=int, default=3, help="of random choice")
     parser.add_argument("--images", type=int, default=2000, help="of the training images, to choose by")
     parser.add_argument("--steps", type=int, default=1000, help="of mimicking, with 500 images")
@@ -156,7 +178,10 @@ def main() -> None:
     opened = open_model(options.run)
     changed = opened.recipe.dump()
     changed["train"] |= {"epochs": options.epochs, "lr": options.lr}
-    nets = Nets(opened, options.images, options.steps)
+    if options.teacher:
+        changed["distill"] = {"teacher": options.run}
+        changed["train"]["compile"] = False
+    nets = Nets(opened, options.images, options.steps, options.out)
     if options.scratch_epochs:
         whole = opened.recipe.dump()
         whole["train"]["epochs"] = options.scratch_epochs
