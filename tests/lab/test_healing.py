@@ -11,6 +11,7 @@ from resect.errors import FileError, InputError
 from resect.lab import recipe, runs
 from resect.lab.open import open_model, save_cut
 from resect.lab.recovering import recover
+from resect.lab.scratch import from_scratch
 from resect.lab.trainer import train
 
 
@@ -86,3 +87,18 @@ def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     assert all(torch.equal(value, before[key]) for key, value in opened.model.state_dict().items())
+
+
+def test_from_scratch_trains_the_cut_shape_alone_from_the_recipes_seed(folders, tmp_path):
+    plan = open_model(str(folders / "cut")).model.resect_plan
+    wanted = healing(folders)  # of its start and its teacher nothing is left
+    net = from_scratch(wanted, plan, tmp_path / "scratch")
+    full = open_model(str(folders / "full"))
+    torch.manual_seed(wanted.train.seed)
+    fresh = runs.build_model(wanted, full.data)
+    blocks = resect.find_blocks(fresh, full.example())
+    other = train(tiny(epochs=2, lr=0.02), tmp_path / "other", model=resect.remove(fresh, blocks, plan.names)).model
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in net.state_dict().items())
+    again = open_model(str(tmp_path / "scratch")).model
+    assert again.resect_plan.names == plan.names
+    assert not net.training

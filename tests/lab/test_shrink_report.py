@@ -22,7 +22,9 @@ def test_class_errors_by_hand() -> None:
 
 
 def test_the_report_of_a_cut(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shrink_report, "ways", lambda: {"eager": eager})
+    monkeypatch.setattr(
+        shrink_report, "usable", lambda model, example: ({"eager": eager}, {"compiled": "no compiler."})
+    )
     recipe = tiny()
     data = open_data(recipe.data.name, **recipe.data.options)
     torch.manual_seed(0)
@@ -51,3 +53,4 @@ def test_the_report_of_a_cut(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads((folder / "report.json").read_text())
     assert content["title"] == "tiny without 1 of its 3 blocks"
     assert [row["net"] for row in content["sections"][0]["table"]] == ["uncut", "cut"]
+    assert content["sections"][-1]["note"] == "Not measured compiled: no compiler."

@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import resect
 from resect.blocks.plan import Plan
 from resect.files import write_text
-from resect.lab import runs
 from resect.lab.data import in_batches, mean_std, normalize, open_data
 from resect.lab.data import load as load_data
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe, parse
 from resect.lab.removal import removal
+from resect.lab.scratch import cut_shape
 from resect.lab.trainer import TrainResult, train
 
 Report = Callable[[str, int, int], None]
@@ -55,10 +54,7 @@ class Job:
 def run(job: Job, progress: Tell | None = None) -> TrainResult:
     """Train one net, or go on; a gated one leaves ``plan.json``, the blocks it has made superfluous, in its folder."""
     recipe = parse(job.recipe)
-    model = None
-    if job.plan is not None:
-        torch.manual_seed(recipe.train.seed)
-        model = cut_shape(recipe, Plan.load(job.plan))
+    model = cut_shape(recipe, Plan.load(job.plan)) if job.plan is not None else None
     result = train(recipe, job.folder, model=model, resume=True, progress=progress)
     write_plan(result, recipe)
     if job.removals:
@@ -88,14 +84,6 @@ def write_plan(result: TrainResult, recipe: Recipe) -> None:
         images, labels = open_data(recipe.data.name, **recipe.data.options).sample("test", PLAN_IMAGES)
         data = in_batches(images, labels, recipe.train.batch_size)
         result.method.finalize(steps, data).save(result.folder / "plan.json")
-
-
-def cut_shape(recipe: Recipe, plan: Plan) -> nn.Module:
-    """Return the recipe's net with fresh weights and the plan's blocks taken out."""
-    data = load_data(recipe.data.name, **recipe.data.options)
-    model = runs.build_model(recipe, data)
-    example = normalize(data.train.images[:8], *mean_std(data.train))
-    return resect.remove(model, resect.find_blocks(model, example), plan.names)
 
 
 class Pool:

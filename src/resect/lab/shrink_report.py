@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 
 import resect
 from resect.blocks.block import Blocks
-from resect.blocks.example import Example
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.files import whole_folder
 from resect.lab.evaluate import evaluate
 from resect.lab.open import Opened
 from resect.lab.speed import chain_rows
+from resect.lab.ways import usable
 from resect.report.cost import count_flops
-from resect.report.costs import Ready, costs, eager
+from resect.report.costs import costs
 from resect.report.html import Section, write_data, write_report
 from resect.report.provenance import provenance
 from resect.shrink.costs import BlockCosts
@@ -62,7 +61,10 @@ def shrink_report(
     named = {"uncut": opened.model} | dict(nets)
     curves = _curves(opened.model, blocks, plan, ranking)
     rows = _trade(opened.model, blocks, curves, images, labels, block_costs, batch, say)
-    table = costs(named, images[:1], batches=(1, batch), ways=ways())
+    say("ways to run tried", 0, 1)
+    ways, missing = usable(opened.model, images[:1])
+    say("ways to run tried", 1, 1)
+    table = costs(named, images[:1], batches=(1, batch), ways=ways)
     errors = {name: class_errors(net, images, labels) for name, net in named.items()}
     whole = count_flops(opened.model, images[:1])
     scale = block_costs.latency((), batch)[0] / _of(table, "uncut", batch)["median_ms"] if block_costs else 0.0
@@ -99,45 +101,8 @@ def shrink_report(
             (f"{100 * (errors[last][0] - errors['uncut'][0]):+.2f} points".replace("-", "−"), "test error"),
         ]
         write_report(work, f"{opened.name} without {len(gone)} of its {len(blocks)} blocks", _told(plan),
-                     _sections(summary, list(nets)), provenance(images=len(labels)), highlights)  # fmt: skip
+                     _sections(summary, list(nets), missing), provenance(images=len(labels)), highlights)  # fmt: skip
     return folder / "report.html"
-
-
-def ways() -> dict[str, Ready]:
-    """How nets are timed: eager, and in onnxruntime where it is installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        return {"eager": eager}
-    return {"eager": eager, "onnxruntime": in_onnxruntime()}
-
-
-def in_onnxruntime() -> Ready:
-    """Return what exports a model of one input and makes it ready in onnxruntime, on as many threads as torch has.
-
-    A model is exported once for all batch sizes. Raises ``ResectError`` where it cannot be exported.
-    """
-    sessions: dict[int, Any] = {}
-
-    def ready(model: nn.Module, example: Example) -> Callable[[], Any]:
-        import onnxruntime
-
-        if id(model) not in sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "model.onnx"
-                resect.export(model, file, example=example)
-                sessions[id(model)] = onnxruntime.InferenceSession(
-                    file.read_bytes(), options, providers=["CPUExecutionProvider"]
-                )
-        session = sessions[id(model)]
-        feed = {session.get_inputs()[0].name: example.tensors()[0].cpu().numpy()}
-        return lambda: session.run(None, feed)
-
-    return ready
 
 
 def class_errors(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[float | None]]:
@@ -210,7 +175,7 @@ def _told(plan: Plan) -> str:
     )
 
 
-def _sections(summary: list[dict[str, Any]], nets: list[str]) -> list[Section]:
+def _sections(summary: list[dict[str, Any]], nets: list[str], missing: Mapping[str, str]) -> list[Section]:
     best = {name: "low" for name in summary[0] if name != "net"}
     best = {name: "high" if name.startswith("throughput") else "low" for name in best}
     return [
@@ -221,5 +186,6 @@ def _sections(summary: list[dict[str, Any]], nets: list[str]) -> list[Section]:
                 "stand at their measured share of the uncut one. Nothing on lines is retrained.", figure="cut_trade"),
         Section("What went", "", figure="chain"),
         Section("Class by class", "", figure="cut_classes"),
-        Section("Measured latency", "", figure="cut_latency"),
+        Section("Measured latency", "", figure="cut_latency",
+                note=" ".join(f"Not measured {name}: {reason.rstrip('.')}." for name, reason in missing.items())),
     ]  # fmt: skip

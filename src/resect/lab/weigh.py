@@ -12,8 +12,8 @@ import resect
 from resect.lab import runs, story
 from resect.lab.evaluate import evaluate
 from resect.lab.findings import Findings, Nets
-from resect.lab.jobs import cut_shape
 from resect.lab.proof import compare_with_gated
+from resect.lab.scratch import cut_shape
 from resect.report.cost import count_flops, count_parameters, latency
 
 
