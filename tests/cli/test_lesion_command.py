@@ -79,3 +79,14 @@ def test_mistakes_are_told_and_nothing_is_written(resect, tmp_path, arguments, m
     assert code == 1, err
     assert message in err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_beside_is_opened_before_the_study(resect, tmp_path, monkeypatch):
+    def studied(*_, **__):
+        raise AssertionError("the study began")
+
+    monkeypatch.setattr("resect.lesion_study", studied)
+    code, _, err = resect("lesion", *NET, "--beside", "runs/no-shortcut", "--out", "fig")
+    assert code == 1
+    assert "There is no folder 'runs/no-shortcut'" in err
+    assert not list(tmp_path.iterdir())

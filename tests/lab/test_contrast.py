@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from resect.errors import InputError
-from resect.lab.contrast import delete_each_layer
+from resect.lab.contrast import delete_each_layer, layers_to_delete
 
 
 def plain() -> nn.Sequential:
@@ -33,5 +33,7 @@ def test_each_layer_that_keeps_its_inputs_shape_goes_with_its_norm_and_activatio
         assert row["baseline"] == pytest.approx(nn.functional.cross_entropy(net(x), y).item(), rel=1e-5)
     assert list(net) == modules
     assert torch.equal(net.train()(x), before)
+    with pytest.raises(InputError, match=r"This Sequential cannot run on these samples: .*to have 3 channels"):
+        layers_to_delete(plain(), (torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)))
     with pytest.raises(InputError, match="No layer of this Sequential keeps its input's shape"):
         delete_each_layer(nn.Sequential(nn.Linear(3, 4)), [(torch.randn(2, 3), y[:2])])

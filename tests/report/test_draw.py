@@ -8,6 +8,7 @@ from nets import Net
 from torch import nn
 
 import resect
+from resect.errors import InputError
 from resect.report.draw import rows_by_figure
 from resect.report.figures import redraw_measurements
 
@@ -51,6 +52,18 @@ def test_nets_share_figures_and_options_reach_their_rows(case):
     rows = rows_by_figure({"a": one, "b": one}, epsilon=0.5, batch_sizes=[2])
     assert [row["net"] for row in rows["block_response"]] == ["a"] * 3 + ["b"] * 3
     assert rows["gate_closed"] == [{"net": net} | row for net in "ab" for row in one.closed_rows(0.5, [2])]
+
+
+def test_options_of_other_figures_are_told_with_those_there_are(case, tmp_path):
+    model, blocks, batch = case
+    grads = resect.path_gradients(model, blocks, batch, nn.functional.cross_entropy, samples=0)
+    for found, kind in ((resect.lesion_study(model, blocks, [batch]), "LesionStudy"), ({"a": grads}, "PathGradients")):
+        with pytest.raises(InputError, match=f"option of the figures of a {kind} 'epsilon'. There are none"):
+            resect.draw(found, tmp_path / "out", epsilon=1.0)
+    response = resect.block_response(model, blocks, [batch])
+    with pytest.raises(InputError, match=r"BlockResponse 'batch_size'. Did you mean 'batch_sizes'\?"):
+        resect.draw(response, tmp_path / "out", batch_size=[2])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,8 @@ def test_recoverability_is_a_short_fit_for_each_unit(setup):
     for name, score in ranking.scores.items():
         assert score == recoverability(net, blocks, name, data)
     assert ranking.ladder[0].units == (min(ranking.scores, key=ranking.scores.get),)
+    fewer = resect.rank(net, blocks, data, by="recoverability", steps=2, seed=1)
+    assert fewer.scores["layers.3"] == recoverability(net, blocks, "layers.3", data, steps=2, seed=1)
 
 
 def test_controls_and_numbers_of_ones_own(setup):
@@ -260,6 +262,11 @@ def test_what_cannot_be_ranked_is_refused(setup):
         ({"by": {"layers.0": math.inf}}, "no finite number"),
         ({"by": {"layers.0": 1.0}}, "no number for 'layers.1/a'"),
         ({"by": {"layers.0": 1.0}, "search": "beam"}, "numbers of your own"),
+        ({"by": "lesions", "unit": "layers"}, "(?s)2 problems.*'lesion'.*'layer'"),
+        ({"by": "size", "steps": 9}, "steps=9 are those of the fit of by='recoverability', .* with by='size'"),
+        ({"by": {"layers.0": 1.0}, "steps": 9}, "none with numbers of your own"),
+        ({"by": "recoverability", "steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"by": "recoverability", "steps": 2.5}, "not 2.5"),
     ):
         with pytest.raises(InputError, match=message):
             resect.rank(net, blocks, data, **options)

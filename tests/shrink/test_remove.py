@@ -259,3 +259,23 @@ def test_a_model_that_keeps_values_with_gradients_is_copied(tmp_path):
         copy = resect.remove(model, blocks, ["f"])
     copy(x).sum().backward()
     assert copy.g.weight_g.grad is not None
+
+
+def test_the_forms_that_a_removed_module_remembers_are_bounded(monkeypatch):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.map = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.norm(x)
+            batch, length, width = h.shape
+            return x + self.map(h).view(batch, length, width)
+
+    monkeypatch.setattr("resect.blocks.twin.FORMS", 3)
+    net = nn.Sequential(Asking(), nn.Linear(4, 4)).eval()
+    small = resect.remove(net, resect.find_blocks(net, torch.randn(2, 5, 4)), "0")
+    for length in (1, 2, 3, 4, 5, 2, 1, 7):
+        x = torch.randn(2, length, 4)
+        assert torch.equal(small(x), net[1](x))
+        assert 0 < max(len(vars(module).get("_resect_forms", ())) for module in small.modules()) <= 3

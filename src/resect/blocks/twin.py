@@ -16,6 +16,8 @@ from resect.blocks.state import PORT
 from resect.blocks.template import fill, pick
 from resect.blocks.units import copied_units
 
+FORMS = 64
+"""Forms of inputs that a module that was taken out remembers; then the oldest goes: texts come in every length."""
 _HARMLESS = (Tensor, Absent, bool, int, float, str, torch.dtype, torch.device, torch.Size, slice, type(None), type(...))
 
 
@@ -58,12 +60,15 @@ class Output:
             return self._run(twin or meta_copy(self.module), args, kwargs)
         # A module that was taken out never changes: what it makes of inputs of these forms is known after one run.
         known, key = self.module.__dict__.setdefault("_resect_forms", {}), self._key(args, kwargs)
-        if key not in known:
+        form = known.get(key)
+        if form is None:
             found = self._run(twin, args, kwargs)
             if not isinstance(found, Tensor):
                 return found
-            known[key] = found.shape, found.stride(), found.dtype
-        shape, stride, dtype = known[key]
+            form = known[key] = found.shape, found.stride(), found.dtype
+            if len(known) > FORMS:
+                known.pop(next(iter(known)), None)
+        shape, stride, dtype = form
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _run(self, twin: nn.Module, args: Any, kwargs: Any) -> Any:

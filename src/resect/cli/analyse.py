@@ -27,6 +27,7 @@ _BESIDE = typer.Option("--beside", help="a net without shortcuts, in the same fi
 
 _OPTIONS = {"random_counts": "--random", "runs": "--runs", "groups": "--by", "greedy": "--greedy", "pairs": "--pairs",
             "swaps": "--swaps", "paths": "--paths"}  # fmt: skip
+Plain = tuple[Any, list[Any]]
 
 
 @app.command()
@@ -97,16 +98,17 @@ def lesion(
     if layers:
         if store:
             raise InputError("--store keeps closed blocks, and --layers deletes layers: leave one of them out.")
-        found, about = _without_shortcuts(model, option, data, data_option, limit, metric)
+        found, about = _without_shortcuts(_plain(model, option, data, data_option, limit), metric)
     else:
+        net_beside = _plain(beside, None, data, data_option, limit) if beside else None  # opened before the work
         # A batch of a language model's outputs is large: every token has a number for every word.
         draws = draws or 10
         opened, blocks, batches = with_blocks(model, option, data, data_option, limit, 8 if text else 128)
         found = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
         about = of(opened, batches)
         out.print(str(found), highlight=False, soft_wrap=True)
-        if beside:
-            other, of_other = _without_shortcuts(beside, None, data, data_option, limit, metric)
+        if net_beside is not None:
+            other, of_other = _without_shortcuts(net_beside, metric)
             rows = [*found.rows(), *(row | {"net": of_other["model"], "stage": None} for row in other.rows)]
             found = Measurements("lesion", rows, {})
     if to:
@@ -121,21 +123,27 @@ def _study(*arguments: Any, **wanted: Any) -> Any:
         return resect.lesion_study(*arguments, **wanted, progress=partial(display.steps, "lesions"))
 
 
-def _without_shortcuts(
-    model: str, option: Any, data: str | None, data_option: Any, limit: int | None, metric: str
-) -> tuple[Any, dict[str, Any]]:
-    from resect.lab.contrast import delete_each_layer
-    from resect.lab.display import progress_bar
+def _plain(model: str, option: Any, data: str | None, data_option: Any, limit: int | None) -> Plain:
+    """Open a net without shortcuts, some of whose layers can be deleted: (opened, batches)."""
+    from resect.lab.contrast import layers_to_delete
     from resect.lab.open import open_model
 
     opened = open_model(model, option or (), data, data_option or ())
+    batches = opened.batches("test", limit, 128)
+    layers_to_delete(opened.model, batches[0])
+    return opened, batches
+
+
+def _without_shortcuts(plain: Plain, metric: str) -> tuple[Any, dict[str, Any]]:
+    from resect.lab.contrast import delete_each_layer
+    from resect.lab.display import progress_bar
+    from resect.report.measurements import Measurements
+
+    opened, batches = plain
     with progress_bar(err) as display:
-        batches = opened.batches("test", limit, 128)
         rows = delete_each_layer(opened.model, batches, metric, partial(display.steps, "layers"))
     whole = f"{opened.label}: {metric} of the whole model {rows[0]['baseline']:.4g}; with one layer deleted:"
     out.print(whole, highlight=False, soft_wrap=True)
     for row in rows:
         out.print(f"  {row['label']:<32} {row['change']:+.4g}", highlight=False)
-    from resect.report.measurements import Measurements
-
     return Measurements("lesion", rows, {}), of(opened, batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -36,13 +37,10 @@ def delete_each_layer(
 
     Raises ``InputError`` where no layer keeps its input's shape.
     """
-    layers = list(_layers(model).items())
-    kept = _keeping_shape(model, [modules for _, modules in layers], batches[0])
-    if not any(kept):
-        raise InputError(f"No layer of this {type(model).__name__} keeps its input's shape, so none can be deleted.")
+    layers, kept = list(_layers(model).items()), layers_to_delete(model, batches[0])
     baseline, rows = _measure(model, batches, metric), []
     for index, (name, modules) in enumerate(layers):
-        if kept[index]:
+        if name in kept:
             with _without(model, modules):
                 value = _measure(model, batches, metric)
             rows.append(
@@ -53,6 +51,15 @@ def delete_each_layer(
         if progress:
             progress(index + 1, len(layers))
     return rows
+
+
+def layers_to_delete(model: nn.Module, batch: Any) -> list[str]:
+    """Return the layers that keep the shape of their input; raises ``InputError`` where there is none."""
+    layers = _layers(model)
+    kept = list(compress(layers, _keeping_shape(model, list(layers.values()), batch)))
+    if not kept:
+        raise InputError(f"No layer of this {type(model).__name__} keeps its input's shape, so none can be deleted.")
+    return kept
 
 
 def _layers(model: nn.Module) -> Layers:
@@ -91,6 +98,9 @@ def _keeping_shape(model: nn.Module, layers: list[list[str]], batch: Any) -> lis
     try:
         with kept_modes(model), torch.no_grad():
             forward_batch(model.eval(), batch)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise InputError(f"This {type(model).__name__} cannot run on these samples: {said}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatch
@@ -12,7 +13,7 @@ from resect.analyse.gradients import PathGradients
 from resect.analyse.profile import BlockResponse
 from resect.analyse.study import LesionStudy
 from resect.analyse.through import BlockGradients
-from resect.errors import InputError
+from resect.errors import InputError, check_all, unknown
 from resect.report.figures import draw_measurements
 from resect.report.measurements import Measurements, write_measurements
 from resect.report.provenance import provenance
@@ -42,18 +43,26 @@ def draw(
 
     Raises
     ------
-    InputError: something else than these, or another format.
+    InputError: something else than these, another format, or an option that its figures do not have.
     FileError: the place cannot be written.
 
     >>> resect.draw(study, "figures", about={"model": "ResNet-20"})
     """
     folder, about = Path(folder), dict(about or {})
     found = {str(about.get("model", "this model")): found} if isinstance(found, BlockResponse) else found
+    _check_options(found, options)
     paths = []
     for name, rows in rows_by_figure(found, **options).items():
         measurements = write_measurements(folder, name, rows, format, provenance(seeds, **about))
         paths += [measurements, *draw_measurements(Measurements(name, rows, about), folder, name)]
     return paths
+
+
+def _check_options(found: Any, options: Mapping[str, Any]) -> None:
+    kinds = {type(one) for one in (found.values() if isinstance(found, Mapping) else [found])}
+    known = list(inspect.signature(_response).parameters)[1:] if kinds == {BlockResponse} else []
+    what = f"option of the figures of a {' and a '.join(sorted(kind.__name__ for kind in kinds))}"
+    check_all((str(unknown(what, option, known)) for option in options if option not in known), "draw()")
 
 
 @singledispatch

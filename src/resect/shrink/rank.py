@@ -43,6 +43,7 @@ def rank(
     costs: BlockCosts | None = None,
     depth: int | None = None,
     width: int = 3,
+    steps: int | None = None,
     seed: int = 0,
     forward: Forward = forward_batch,
     progress: Progress | None = None,
@@ -61,8 +62,8 @@ def rank(
         - ``"angle"``: arccos(cos)/π at the last token (2403.17887), of images at 16 places; made for ``"runs"``.
         - ``"size"``: ‖what the unit adds‖ / ‖stream before‖ (1710.04773).
         - ``"taylor"``: |first-order change of the loss| (1611.06440): the cross-entropy, or ``metric`` if a function.
-        - ``"recoverability"``: how far the features stay from the whole model's once the rest has mimicked them for 50
-          steps (PRACTISE, 2202.07861, there per millisecond saved: give ``costs``). No labels; a short fit per unit.
+        - ``"recoverability"``: how far the features stay from the whole model's once the rest has mimicked them for
+          ``steps`` (PRACTISE, 2202.07861, there per millisecond saved: give ``costs``). No labels; a fit per unit.
         - ``"random"`` (by ``seed``), ``"last"`` (the deepest first, the very last unit at the end: the simple strategy
           of 2403.17887): controls, which no cost changes.
         - a mapping {block or unit: number}; of several blocks the sum counts.
@@ -81,7 +82,8 @@ def rank(
         measured). Not with ``"beam"``, which compares nets of one size by the metric alone.
     depth: the largest number of units, by default all.
     width: of the beam.
-    seed: of ``"random"``.
+    steps: of ``"recoverability"`` alone: optimizer steps of each unit's fit, by default 50.
+    seed: of ``"random"``, and of the order of the samples in ``"recoverability"``.
     forward, progress: as in ``lesion_study``.
 
     Raises
@@ -96,14 +98,15 @@ def rank(
     blocks = resolve(model, blocks)
     if not blocks:
         raise BlocksError("There is nothing to rank: the selection of residual blocks is empty.")
-    _check(by, unit, search, costs, data)
+    check_all(option_mistakes(by, unit, search, costs=costs is not None, steps=steps), "rank()")
+    _check_data(by, search, data)
     units, kind = units_of(blocks, unit)
     sets, count = list(units.values()), len(units)
     depth = count if depth is None else depth
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count or width < 1:
         raise InputError(f"depth must be a whole number from 1 to {count}, the {kind}s ranked, and width at least 1.")
     missed = Missed(model, blocks, data or (), metric, forward, progress)
-    score = _scorer(model, blocks, data or (), by, units, metric, forward, seed, missed)
+    score = _scorer(model, blocks, data or (), by, units, metric, forward, steps, seed, missed)
     control = by in CONTROLS
 
     def gain(places: tuple[int, ...]) -> float:
@@ -165,6 +168,7 @@ def _scorer(
     units: Mapping[str, Set],
     metric: str | Metric,
     forward: Forward,
+    steps: int | None,
     seed: int,
     missed: Missed,
 ) -> Scorer:
@@ -174,8 +178,9 @@ def _scorer(
         loss = {} if isinstance(metric, str) else {"loss": metric}
         return lambda gone, sets: taylor_scores(model, blocks, data, gone, sets, forward, **loss)
     if by == "recoverability":
+        how = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
         return lambda gone, sets: [
-            recoverability(model, blocks, (*gone, *names), data, seed=seed, forward=forward) for names in sets
+            recoverability(model, blocks, (*gone, *names), data, forward=forward, **how) for names in sets
         ]
     if by in SCORES:
         return lambda gone, sets: stream_scores(model, blocks, data, gone, sets, str(by), forward)
@@ -211,25 +216,33 @@ def _numbers(by: Mapping[str, float], blocks: Blocks, units: Mapping[str, Set]) 
     return found
 
 
-def _check(by: Any, unit: Any, search: Any, costs: BlockCosts | None, data: Any) -> None:
-    """Raise ``InputError`` for unknown options, and for those without effect."""
-    if not isinstance(by, Mapping) and by not in get_args(By):
-        raise unknown("score", by, get_args(By))
-    if unit not in (None, *get_args(Unit)):
-        raise unknown("unit", unit, get_args(Unit))
-    if search not in get_args(Search):
-        raise unknown("search", search, get_args(Search))
-    fixed = isinstance(by, Mapping) or by in CONTROLS
-    said = "numbers of your own" if isinstance(by, Mapping) else f"by={by!r}"
-    if search == "greedy" and fixed:
-        raise InputError(f"search='greedy' scores again after each cut, which changes nothing of {said}. Use 'once'.")
+def option_mistakes(by: Any, unit: Any, search: Any, *, costs: bool = False, steps: Any = None) -> list[str]:
+    """Say what is wrong with options of ``rank``, with any model: unknown ones, and those without effect."""
+    own = isinstance(by, Mapping)
+    known = (("score", by, By), ("search", search, Search), ("unit", unit, Unit))
+    wrong = [
+        str(unknown(what, value, get_args(valid)))
+        for what, value, valid in known
+        if value not in get_args(valid) and not (what == "score" and own) and not (what == "unit" and value is None)
+    ]
+    if wrong:
+        return wrong
+    said = "numbers of your own" if own else f"by={by!r}"
+    if search == "greedy" and (own or by in CONTROLS):
+        wrong.append(f"search='greedy' scores again after each cut, which changes nothing of {said}. Use 'once'.")
     if search == "beam" and by != "lesion":
-        raise InputError(f"search='beam' compares nets by the metric, so it goes with by='lesion', not with {said}.")
-    if search == "beam" and costs is not None:
-        raise InputError(
-            "search='beam' compares nets of one size by the metric alone: costs go with the other searches."
-        )
-    if not fixed and data is None:
+        wrong.append(f"search='beam' compares nets by the metric, so it goes with by='lesion', not with {said}.")
+    if search == "beam" and costs:
+        wrong.append("search='beam' compares nets of one size by the metric alone: costs go with the other searches.")
+    if steps is not None and by != "recoverability":
+        wrong.append(f"steps={steps!r} are those of the fit of by='recoverability', and there is none with {said}.")
+    elif steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        wrong.append(f"steps must be a whole number of at least 1, not {steps!r}.")
+    return wrong
+
+
+def _check_data(by: Any, search: Search, data: Any) -> None:
+    if not isinstance(by, Mapping) and by not in CONTROLS and data is None:
         raise InputError(f"by={by!r} needs data: rank(model, blocks, data).")
     if search in ("greedy", "beam") and iter(data) is data:
         raise InputError(
