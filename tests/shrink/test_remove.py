@@ -93,10 +93,43 @@ def test_bad_plans(setup):
         resect.remove(net, blocks, [])
     other = Net((False,) * 5)
     plan = resect.Plan.of(resect.find_blocks(other, x), ["layers.4"])
-    with pytest.raises(InputError, match=r"names blocks that this Net does not have: layers.4/a"):
+    with pytest.raises(InputError, match=r"(?s)another model than this Net.*it has no block layers.4/a"):
         resect.remove(net, blocks, plan)
     with resect.EpsilonGate(net, blocks, epsilon=1e-6), pytest.raises(AttachError, match="still has EpsilonGate"):
         resect.remove(net, blocks, "layers.0")
+
+
+def test_a_plan_for_another_model_is_refused_with_the_differences_by_name(setup):
+    net, x, blocks = setup
+    plan = resect.rank(net, blocks[:2], by="last").choose(1)  # of a selection: the plan knows all there are
+    assert plan.among == tuple(blocks.names)
+
+    def told(model, plan=plan):
+        with pytest.raises(InputError, match="another model than this") as caught:
+            resect.remove(model, resect.find_blocks(model.eval(), x), plan)
+        return str(caught.value)
+
+    class Other(Net):
+        pass
+
+    assert told(Net((False, True, False, False))).endswith("it has a block layers.3/a, unknown to the plan")
+    assert told(Net((False, True))).endswith("it has no block layers.2/a")
+    assert told(Other((False, True, False))).endswith("its class is Other, and the plan has Net")
+    assert told(Net((False, True, False), width=8)).endswith(
+        "layers.0/a has 296 parameters here, and 174 parameters in the plan"
+    )
+    with pytest.raises(InputError, match=r"not among the blocks given: layers.0/a"):
+        resect.remove(net, blocks[2:], resect.Plan.of(blocks, "layers.0"))
+
+    same = Net((False, True, False)).eval()  # other weights, and a selection of its blocks
+    found = resect.find_blocks(same, x)
+    assert resect.remove(same, found.select(plan.names), plan).resect_plan.names == plan.names
+    older = {key: value for key, value in plan.to_json().items() if key != "among"}
+    longer = Net((False, True, False, False)).eval()
+    resect.remove(longer, resect.find_blocks(longer, x), resect.Plan.from_json(older))  # says no more than it did
+    small = resect.remove(net, blocks, plan)
+    again = resect.remove(small, resect.find_blocks(small, x), "layers.2")
+    assert resect.remove(net, blocks, again.resect_plan).resect_plan.names == again.resect_plan.names
 
 
 def test_a_plan_survives_json_and_damaged_ones_are_refused(setup, tmp_path):

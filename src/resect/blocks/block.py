@@ -13,7 +13,7 @@ from resect.blocks.example import Example
 from resect.errors import InputError, unknown
 
 Shortcut = Literal["identity", "projection", "reshape"]
-_ABLE = ("closable", "scalable", "removable")
+_ABLE = ("closable", "scalable", "removable")  # these follow from the fields
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,10 @@ class ResidualBlock:
     def from_json(cls, data: Mapping[str, Any]) -> ResidualBlock:
         """Rebuild a block from ``to_json``; raises ``InputError`` on missing or unknown fields."""
         names = {field.name for field in fields(cls)}
-        values = {key: value for key, value in data.items() if key not in _ABLE}  # these follow from the others
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in _ABLE}
         if set(values) != names:
             wrong = sorted(set(values) ^ names)
             raise InputError(f"This is not a residual block written by this version: fields {wrong} differ.")
-        for key, value in values.items():
-            if isinstance(value, list):
-                values[key] = tuple(value)
         values["places"] = tuple((op, int(number), int(operand)) for op, number, operand in values["places"])
         return cls(**values)
 
@@ -143,7 +140,8 @@ class Blocks(Sequence[ResidualBlock]):
 
     ``blocks["layer3.4"]`` (a canonical name, or an owner with a single block), ``blocks[0]``,
     ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons;
-    ``flops`` are the whole model's floating-point operations on the example, 0 where they are not known.
+    ``whole`` are the names of all blocks of the model, of which these may be a selection; ``flops`` are the whole
+    model's floating-point operations on the example, 0 where they are not known.
     """
 
     def __init__(
@@ -156,6 +154,7 @@ class Blocks(Sequence[ResidualBlock]):
         flops: int = 0,
     ) -> None:
         self._items = tuple(items)
+        self.whole = tuple(self.names)
         self.model = model
         self.refused = tuple(refused)
         self.example = example
@@ -192,7 +191,9 @@ class Blocks(Sequence[ResidualBlock]):
         return self._with(choose.number_stages(replace(block, index=place) for place, block in enumerate(ordered)))
 
     def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
-        return Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)
+        found = Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)
+        found.whole = tuple(dict.fromkeys([*self.whole, *found.names]))
+        return found
 
     def _by_name(self, name: str) -> ResidualBlock:
         exact = [block for block in self if block.name == name]

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.errors import FileError, InputError, ResectError
+from resect.errors import FileError, InputError, ResectError, check_all
 from resect.files import write_text
 
 FORMAT = "resect-plan"
 VERSION = 1
+SHARDED = "FSDP"
+"""What ``fully_shard`` puts before the name of a class."""
+SHOWN = 8
+"""Differences that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Plan:
     """What speaks for the choice: JSON values."""
     model: str = ""
     """Class name of the model it was made for."""
+    among: tuple[str, ...] = ()
+    """Names of all blocks of that model; () where it is not known."""
 
     @property
     def names(self) -> list[str]:
@@ -41,17 +47,40 @@ class Plan:
 
     @classmethod
     def of(cls, blocks: Blocks, which: Plan | Blocks | str | Iterable[str]) -> Plan:
-        """Read a plan, or names of blocks, against the blocks of a model."""
-        if isinstance(which, Plan):
-            unknown = sorted(set(which.names) - set(blocks.names))
-            if unknown:
-                raise InputError(
-                    f"This plan, made for a {which.model or 'model'}, names blocks that this {blocks.model or 'model'} "
-                    f"does not have: {', '.join(unknown)}. Its blocks are: {', '.join(blocks.names)}."
-                )
-            return which
-        chosen = blocks.select(which)
-        return cls(tuple(chosen), model=blocks.model)
+        """Read a plan, or names of blocks, against the blocks of a model.
+
+        Raises ``InputError`` for unknown names, and for a plan that was made for another model, with all differences.
+        The same architecture with other weights is no other model.
+        """
+        if not isinstance(which, Plan):
+            return cls(tuple(blocks.select(which)), model=blocks.model, among=blocks.whole)
+        check_all(
+            which.differences(blocks),
+            f"This plan was made for another model than this {blocks.model or 'one'} (blocks of these names can go all "
+            "the same: give the names)",
+            limit=SHOWN,
+        )
+        return which
+
+    def differences(self, blocks: Blocks) -> list[str]:
+        """Say how the model of ``blocks`` differs from the one that the plan was made for; nothing where it is one."""
+        here = {block.name: block for block in blocks}
+        told = []
+        if self.model and blocks.model and self.model.removeprefix(SHARDED) != blocks.model.removeprefix(SHARDED):
+            told.append(f"its class is {blocks.model}, and the plan has {self.model}")
+        absent = {True: "not among the blocks given:", False: "it has no block"}
+        told += [f"{absent[name in blocks.whole]} {name}" for name in self.names if name not in here]
+        if self.among and blocks.model:  # blocks that nobody found know nothing of the others
+            told += [f"it has no block {n}" for n in self.among if n not in blocks.whole and n not in self.names]
+            told += [f"it has a block {n}, unknown to the plan" for n in blocks.whole if n not in self.among]
+        for block in self.blocks:
+            now = here.get(block.name, block)
+            told += [
+                f"{block.name} has {value(now)} here, and {value(block)} in the plan"
+                for value in (_shortcut, _weights)
+                if value(now) != value(block)
+            ]
+        return told
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -59,6 +88,7 @@ class Plan:
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
+            "among": list(self.among),
             "by": self.by,
             "blocks": [block.to_json() for block in self.blocks],
             "scores": dict(self.scores),
@@ -83,6 +113,7 @@ class Plan:
                 scores=data["scores"],
                 evidence=data["evidence"],
                 model=data["model"],
+                among=tuple(data.get("among", ())),  # older plans have none
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"This plan is damaged: {error!r}.") from error
@@ -106,6 +137,14 @@ class Plan:
             score = f"  {self.scores[block.name]:+.4g}" if block.name in self.scores else ""
             lines.append(f"  {block.name}  ({block.shortcut}, {block.parameters:,} parameters){score}")
         return "\n".join(lines)
+
+
+def _shortcut(block: ResidualBlock) -> str:
+    return f"the shortcut {block.shortcut!r}"
+
+
+def _weights(block: ResidualBlock) -> str:
+    return f"{block.parameters:,} parameters"
 
 
 def _mappings(value: Any) -> bool:

@@ -49,6 +49,7 @@ def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None 
         blocks=(*(earlier.blocks if earlier is not None else ()), *blocks),
         scores={**(earlier.scores if earlier is not None else {}), **scores},
         evidence=evidence,
+        among=plan.among if earlier is None else earlier.among,
     )
 
 

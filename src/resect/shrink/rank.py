@@ -178,7 +178,7 @@ def _scorer(
         loss = {} if isinstance(metric, str) else {"loss": metric}
         return lambda gone, sets: taylor_scores(model, blocks, data, gone, sets, forward, **loss)
     if by == "recoverability":
-        how = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
+        how: dict[str, Any] = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
         return lambda gone, sets: [
             recoverability(model, blocks, (*gone, *names), data, forward=forward, **how) for names in sets
         ]

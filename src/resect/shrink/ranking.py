@@ -240,7 +240,8 @@ class Ranking:
             }
         scored = {} if self.by in CONTROLS else self.scores  # an order without reasons
         scores = {name: score for unit, score in scored.items() for name in self.units[unit]}
-        return Plan(tuple(self.blocks.select(names)), self.by, scores, evidence, self.blocks.model)
+        blocks = self.blocks.select(names)
+        return Plan(tuple(blocks), self.by, scores, evidence, blocks.model, blocks.whole)
 
     def __str__(self) -> str:
         costs = f", per {'ms' if self.costs.latencies else 'FLOP'} saved" if self.costs else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def remove(
         )
     if any(block not in tuple(blocks) for block in plan.blocks):
         # A plan from another run of the same architecture: act on this model's own blocks.
-        plan = Plan(tuple(blocks.select(plan.names)), plan.by, plan.scores, plan.evidence, plan.model)
+        plan = changed(plan, blocks=tuple(blocks.select(plan.names)))
     gone = [repr(block.name) for block in plan.blocks if _is_gone(model, block)]
     if gone:
         raise InputError(

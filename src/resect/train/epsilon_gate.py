@@ -244,7 +244,8 @@ class EpsilonGate(Method):
         }
         if data is not None:
             evidence["largest_in_data"] = self._test(data, forward)
-        return Plan(tuple(gone), by="muted", evidence=evidence, model=type(self.model).__name__)
+        model, among = type(self.model).__name__, self.blocks.whole
+        return Plan(tuple(gone), by="muted", evidence=evidence, model=model, among=among)
 
     def _test(self, data: Iterable[Any], forward: Forward | None) -> dict[str, float]:
         """Return the largest response of every block on data, in eval mode and gated, none closed."""
