@@ -6,6 +6,7 @@ import copy
 import sys
 from typing import Any
 
+import torch.distributed
 from torch import nn
 
 
@@ -25,6 +26,8 @@ def reshard(model: nn.Module) -> None:
 
     Those are other objects, with no gradient, and nothing done to them lasts.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # asked in every step
+        return
     for module in model.modules():
         if is_unit(module):
             unit: Any = module

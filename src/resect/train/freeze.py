@@ -127,7 +127,7 @@ class Parts:
         inside = {module for group in self.modules for module in group}
         self.rest = [parameter for parameter in model.parameters() if id(parameter) not in mine]
         self.rest_modules = [module for module in model.modules() if module not in inside]
-        self._known = {id(parameter) for parameter in model.parameters()}
+        self._known = _ids(model)
         self._blocks, self._sharded = blocks, is_sharded(model)
 
     def check(self, model: nn.Module, name: str) -> None:
@@ -135,7 +135,7 @@ class Parts:
 
         Those of a model that has been sharded since are sorted anew.
         """
-        if {id(parameter) for parameter in model.parameters()} != self._known:
+        if _ids(model) != self._known:
             if is_sharded(model) and not self._sharded:
                 self.__init__(model, self._blocks)  # type: ignore[misc]
                 return
@@ -184,6 +184,17 @@ def check_modes(gates: Iterable[Gate], training: list[bool], name: str) -> None:
             f"model.train() was called after {name}.begin_step(), which found {late[0]!r} in eval mode and left "
             f"{len(late)} such blocks alone. Call model.train() before begin_step()."
         )
+
+
+def _ids(model: nn.Module) -> set[int]:
+    """The ids of all parameters. `parameters()` makes a name for each module on the way: this runs in every step."""
+    found, seen, waiting = set[int](), set[int](), [model]
+    for module in waiting:  # grows on the way
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.update(map(id, module._parameters.values()))
+            waiting.extend(child for child in module._modules.values() if child is not None)
+    return found - {id(None)}
 
 
 def _is_norm(module: nn.Module) -> bool:
