@@ -163,7 +163,7 @@ def measure(case: Case, batches: tuple[int, ...], rounds: int, tries: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small inputs, few rounds, batch 1 and 4, no ResNet-18")
+    parser.add_argument("--quick", action="store_true", help="smaller models, few rounds, batch 1 and 4, no ResNet-18")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", help="the models whose name begins so")
     options = parser.parse_args()

@@ -41,14 +41,15 @@ def llama(layers: int, width: int, length: int) -> nn.Module:
 
 
 def cases(quick: bool) -> list[Case]:
-    """ResNet-50, ResNet-18 at 64 px, ViT-S and a 12-layer language model; ``quick``: smaller inputs, no ResNet-18."""
+    """ResNet-50, ResNet-18 at 64 px, ViT-S and a 12-layer language model; ``quick``: all smaller, no ResNet-18."""
     torch.manual_seed(0)
     size, patches, width, length = (64, 96, 192, 32) if quick else (224, 224, 384, 128)
-    vit = timm.create_model("vit_small_patch16_224", img_size=patches)
+    kind = "vit_tiny" if quick else "vit_small"
+    vit = timm.create_model(f"{kind}_patch16_224", img_size=patches)
     made = [
         Case("resnet50", torchvision.models.resnet50(), images(size)),
         Case("resnet18 at 64 px", torchvision.models.resnet18(), images(64)),
-        Case("vit_small", vit, images(patches)),
+        Case(kind, vit, images(patches)),
         Case("llama of 12 layers", llama(12, width, length), lambda batch: torch.randint(0, 1024, (batch, length))),
     ]
     for case in made:

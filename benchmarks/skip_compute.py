@@ -9,8 +9,8 @@
   ``recompiles_after_warmup`` and ``eager_fallbacks`` count what torch compiled anew, or gave up, in 200 more steps.
 - ``timm_over_plain``, ``torchvision_over_plain``: the drop path of others at 0.4 beside no drop path.
 
-A step is forward, backward and SGD with momentum. Sides take turns; medians and quartiles of at least 15 rounds.
-A claim whose spread exceeds half its margin fails.
+A step is forward, backward and SGD with momentum. Sides take turns; medians and quartiles of at least 15 rounds, in
+processor time where torch has one thread (OMP_NUM_THREADS=1). A claim whose spread exceeds half its margin fails.
 
     python benchmarks/skip_compute.py --quick
 """
@@ -30,6 +30,7 @@ import torch
 import torchvision
 from timing import Work, holds, in_turns, shown, step
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
 
 import resect
 from resect.lab.registry import build
@@ -42,21 +43,33 @@ QUICK = 8  # images
 Made = tuple[nn.Module, Tensor]
 
 
+def shallow(batch: int) -> bool:
+    """Whether a net of fewer blocks, alike in all else, takes the place of the one named: with ``--quick``."""
+    return batch <= 2 * QUICK
+
+
 def resnet50(batch: int) -> Made:
-    return timm.create_model("resnet50", num_classes=10), torch.randn(batch, 3, 64, 64)
+    name = "resnet26" if shallow(batch) else "resnet50"
+    return timm.create_model(name, num_classes=10), torch.randn(batch, 3, 64, 64)
 
 
 def vit_tiny(batch: int, **options: float) -> Made:
+    options = {"depth": 4 if shallow(batch) else 12} | options
     model = timm.create_model("vit_tiny_patch16_224", img_size=128, num_classes=10, **options)
     return model, torch.randn(batch, 3, 128, 128)
 
 
 def resnet56(batch: int) -> Made:
-    return build("cifar-resnet-56", num_classes=10, in_channels=3), torch.randn(batch, 3, 32, 32)
+    name = "cifar-resnet-20" if shallow(batch) else "cifar-resnet-56"
+    return build(name, num_classes=10, in_channels=3), torch.randn(batch, 3, 32, 32)
 
 
-def convnext(batch: int, **options: float) -> Made:
-    return torchvision.models.convnext_tiny(num_classes=10, **options), torch.randn(batch, 3, 64, 64)
+def convnext(batch: int, drop_prob: float) -> Made:
+    depths = (1, 1, 3, 1) if shallow(batch) else (3, 3, 9, 3)  # of ConvNeXt-Tiny
+    widths = [96, 192, 384, 768, None]
+    stages = [CNBlockConfig(*shape) for shape in zip(widths, widths[1:], depths, strict=False)]
+    model = torchvision.models.ConvNeXt(stages, stochastic_depth_prob=drop_prob, num_classes=10)
+    return model, torch.randn(batch, 3, 64, 64)
 
 
 def halved(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -163,13 +176,13 @@ def compiled_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     from torch._dynamo import config
     from torch._dynamo.utils import counters
 
-    model, x = vit_tiny(batch, depth=1 if batch == QUICK else 12)
+    model, x = vit_tiny(batch, depth=1 if shallow(batch) else 12)
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
     resect.compile(compiled, resect.find_blocks(compiled, x))
     begun, graphs, breaks, ratios = time.perf_counter(), 0, 0, []
-    blocks = resect.find_blocks(compiled, x)[: 1 if batch == QUICK else None]  # each graph takes seconds
+    blocks = resect.find_blocks(compiled, x)[: 1 if shallow(batch) else None]  # each graph takes seconds
     chosen = methods(compiled, blocks)
-    for name in list(chosen)[: 1 if batch == QUICK else None]:
+    for name in list(chosen)[: 1 if shallow(batch) else None]:
         with chosen[name] as method, config.patch(fail_on_recompile_limit_hit=True):
             made = method.warmup(x)
             result.setdefault("warmup_graphs", made)
@@ -229,7 +242,7 @@ def peers_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     ratios = over(times, "drops", "plain")
     shown("timm's DropPath at 0.4, over none", ratios, "×", True)
     result["timm_over_plain"] = round(statistics.median(ratios), 4)
-    plain, drops = convnext(batch, stochastic_depth_prob=0.0), convnext(batch, stochastic_depth_prob=0.4)
+    plain, drops = convnext(batch, 0.0), convnext(batch, 0.4)
     times = in_turns({"plain": step(*plain), "drops": step(*drops)}, rounds)
     ratios = over(times, "drops", "plain")
     shown("torchvision's StochasticDepth at 0.4, over none", ratios, "×", True)
@@ -243,7 +256,7 @@ PARTS = {"batch": batch_part, "pair": pair_part, "sample": sample_part, "peers":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="15 rounds of 8 images; otherwise 31 rounds of 32")
+    parser.add_argument("--quick", action="store_true", help="15 rounds of 8 images, shallower nets; else 31 of 32")
     parser.add_argument("--only", choices=PARTS, help="one part of it")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*below 6, dropping")

@@ -38,8 +38,13 @@ def wall(work: Work) -> float:
     return time.perf_counter() - begun
 
 
+def fair(work: Work) -> float:
+    """Seconds of processor time with one thread on the CPU, which other work disturbs least; else on the clock."""
+    return clock(work) if torch.get_num_threads() == 1 and not torch.cuda.is_available() else wall(work)
+
+
 def in_turns(
-    sides: Mapping[str, Work], rounds: int, warm_up: int = 2, seconds: Callable[[Work], float] = wall
+    sides: Mapping[str, Work], rounds: int, warm_up: int = 2, seconds: Callable[[Work], float] = fair
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round; the side that begins changes, so that a slow moment meets all alike."""
     names = list(sides)
