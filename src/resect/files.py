@@ -51,12 +51,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
-    """Give a temporary folder to fill; it takes the place of ``path`` only if the body succeeds.
-
-    ``own`` are patterns of the names it may hold: a folder with anything else in it is not replaced.
-    """
+def check_place(path: Path, own: Sequence[str]) -> None:
+    """Raise ``FileError`` where no folder can be put: a file, or a folder with more in it than the patterns ``own``."""
     if path.exists() and not path.is_dir():
         raise FileError(f"{str(path)!r} is a file. Choose another place.")
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -65,6 +61,15 @@ def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
         raise FileError(
             f"{str(path)!r} holds {quoted(foreign)}, not written here. Choose another place or an empty one."
         )
+
+
+@contextmanager
+def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
+    """Give a temporary folder to fill; it takes the place of ``path`` only if the body succeeds.
+
+    ``own`` are patterns of the names it may hold: a folder with anything else in it is not replaced.
+    """
+    check_place(path, own)
     _make_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

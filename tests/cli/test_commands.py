@@ -78,7 +78,7 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
     assert "on 64 training images, before recovery: " in out
     assert "layer1.0/" not in out
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    code, out, err = resect("shrink", "runs/a", "--at-most-worse", "100", "--limit", "64", "--out", "cut")
+    code, out, err = resect("shrink", "runs/a", "--at-most-worse", "100", "--limit", "64", "--out", "all")
     assert code == 0, err
     assert "6 residual blocks to go" in out
 
@@ -91,7 +91,7 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
     assert "has random weights" not in err
     assert not err.endswith("\n\n")
     evidence, card = evidence_of("cut"), " ".join(Path("cut/README.md").read_text().split())
-    assert evidence["recovered"] == {"epochs": 1}
+    assert evidence["recovered"] == {"epochs": 1, "by": ["distil"]}
     assert f"{evidence['test_error']['uncut']:.2f} %" in out
     assert f"→ {evidence['test_error']['cut']:.2f} %" in out
     assert evidence["test_error"]["data"] in card
@@ -102,7 +102,7 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
     assert "4 residual blocks" in out
     code, out, _ = resect("shrink", "cut", "--names", "layer1.1", "--out", "cut2")
     assert code == 0, out
-    assert evidence_of("cut2")["recovered"] == {"epochs": 1}
+    assert evidence_of("cut2")["recovered"] == {"epochs": 1, "by": ["distil"]}
     assert evidence_of("cut2")["test_error"]["uncut"] == evidence["test_error"]["uncut"]
     code, out, _ = resect("shrink", "runs/a", "--plan", "cut", "--out", "cut4")
     assert code == 0, out

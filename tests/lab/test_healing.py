@@ -89,6 +89,16 @@ def test_recovering_teaches_the_cut_net_and_leaves_its_teacher_alone(folders):
     assert all(torch.equal(value, before[key]) for key, value in opened.model.state_dict().items())
 
 
+def test_recovering_by_mimicking_needs_no_labels_and_goes_through_the_first_samples(folders):
+    opened = open_model(str(folders / "full"))
+    small, other = (open_model(str(folders / "cut")).model for _ in range(2))
+    loss = recover(small, opened, 2, by="mimic", limit=100)
+    images, _ = opened.images("train", 100)
+    losses = resect.mimic(other, opened.model, [images], steps=4, samples=100)  # two batches of 64 go through 100
+    assert loss == losses[-1]
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in small.state_dict().items())
+
+
 def test_from_scratch_trains_the_cut_shape_alone_from_the_recipes_seed(folders, tmp_path):
     plan = open_model(str(folders / "cut")).model.resect_plan
     wanted = healing(folders)  # of its start and its teacher nothing is left

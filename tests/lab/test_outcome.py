@@ -10,7 +10,7 @@ import resect
 from resect.blocks.measure import measure_closed
 from resect.lab.choosing import expected
 from resect.lab.open import open_model
-from resect.lab.outcome import outcome, told
+from resect.lab.outcome import cost_told, outcome
 
 
 def test_perplexity_is_that_of_the_closed_model(tmp_path):
@@ -25,7 +25,7 @@ def test_perplexity_is_that_of_the_closed_model(tmp_path):
     whole, [cut] = measure_closed(opened.model, blocks, opened.batches("train", 40), [tuple(gone)], "perplexity")
     assert (found["uncut"], found["cut"]) == pytest.approx((whole, cut))
     assert found["data"] == opened.data.name
-    assert f"Perplexity of 40 sequences: {whole:.4g} → " in next(told(opened, {"perplexity": found}, 40, ""))
+    assert f"Perplexity of 40 sequences: {whole:.4g} → " in next(cost_told(opened, {"perplexity": found}, 40, ""))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_perplexity_is_that_of_the_closed_model(tmp_path):
 )  # fmt: skip
 def test_a_ruinous_cut_is_called_that(key, uncut, cut, ruined):
     opened = SimpleNamespace(gated=False, data=SimpleNamespace(sequences=range(9)))
-    lines = list(told(opened, {key: {"uncut": uncut, "cut": cut}}, 5, "--recover 3"))
+    lines = list(cost_told(opened, {key: {"uncut": uncut, "cut": cut}}, 5, "--recover 3"))
     assert ("--recover 3" in lines[-1]) is ruined
     assert len(lines) == 1 + ruined
 

@@ -38,6 +38,36 @@ def test_rounds_choose_anew_from_what_was_healed():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_layers_are_counted_as_one_and_deleted_with_the_last_cut():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + self.a(x)
+            return x + self.b(x)
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*(Layer() for _ in range(5))).eval(), torch.randn(2, 4)
+    blocks, depths = resect.find_blocks(net, x), []
+
+    def choose(small: nn.Module, left: resect.Blocks, count: int) -> list[str]:
+        assert len(small) == 5  # names hold
+        return [name for layer in list(left.layers().values())[-1 - count : -1] for name in layer.names]
+
+    def heal(small: nn.Module, _: nn.Module) -> None:
+        depths.append(len(small))
+
+    small = resect.shrink_gradually(net, blocks, 3, choose=choose, heal=heal, rounds=2, unit="layer", compact=True)
+    assert depths == [5, 2]
+    assert torch.equal(small(x), net[4](net[0](x)))
+    with pytest.raises(InputError, match="n must be from 1 to 5, the number of layers"):
+        resect.shrink_gradually(net, blocks, 6, choose=choose, heal=heal, unit="layer")
+    with pytest.raises(InputError, match=r"asked for 1 layers and gave '0/a', '1/a'"):
+        resect.shrink_gradually(net, blocks, 1, choose=lambda *_: ["0/a", "1/a"], heal=heal, unit="layer")
+
+
 def test_wrong_numbers_and_choices_are_told():
     net, _, blocks = chain()
     for n, rounds in [(0, None), (8, None), (3, 4), (2.0, 1)]:

@@ -312,3 +312,16 @@ def test_the_forms_that_a_removed_module_remembers_are_bounded(monkeypatch):
         x = torch.randn(2, length, 4)
         assert torch.equal(small(x), net[1](x))
         assert 0 < max(len(vars(module).get("_resect_forms", ())) for module in small.modules()) <= 3
+
+
+def test_a_plan_that_was_carried_out_says_what_goes_and_not_what_was_done(tmp_path):
+    torch.manual_seed(0)
+    net, x = Net((False, False, False)).eval(), torch.randn(4, 5)
+    blocks = resect.find_blocks(net, x)
+    compact = resect.remove(net, blocks, ["layers.0"], compact=True)
+    replaced = resect.replace(net, blocks, ["layers.0"], [torch.randn(4, 5) for _ in range(2)])
+    for done in (compact.resect_plan, replaced.resect_plan):
+        small = resect.remove(net, blocks, done)
+        assert not {"compact", "replaced"} & small.resect_plan.evidence.keys()
+        resect.save(small, tmp_path / "cut")
+        assert torch.equal(resect.load(tmp_path / "cut", Net((False, False, False)))(x), small(x))

@@ -12,10 +12,12 @@ try:
 except ModuleNotFoundError as missing:  # the core alone is installed
     sys.exit(f"The resect command needs the lab: pip install 'resect[lab]' ({missing}).")
 
+from resect.cli.words import Commands
 from resect.errors import InputError
 
 app = typer.Typer(
     name="resect",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

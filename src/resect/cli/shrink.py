@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,17 @@ _WORSE = typer.Option(
 )
 _BY = typer.Option(help="lesion, influence, angle, size, taylor, recoverability, random or last")
 _SEARCH = typer.Option(help="once, greedy (scored again after each cut), beam, or runs of neighbours")
+_COMPACT = typer.Option(
+    "--compact",
+    help="also delete the layers of which nothing is left, and renumber the others: less to run, and the model's own "
+    "class, built with fewer layers, loads it",
+)
+_RECOVER_BY = typer.Option(
+    "--recover-by",
+    help="distil: all training data, its labels and the uncut net's logits (the default); mimic: the uncut net's "
+    "features on --limit samples, no labels",
+)
+_ROUNDS = typer.Option("--rounds", min=1, help="cut --blocks in so many rounds, and recover after each")
 _UNIT = typer.Option(help="block or layer; default: layer where layers hold several blocks")
 
 
@@ -28,7 +39,7 @@ _UNIT = typer.Option(help="block or layer; default: layer where layers hold seve
 def shrink(
     model: Model,
     to: Annotated[Path | None, typer.Option("--out", help="folder for the cut model")] = None,
-    number: Annotated[
+    n: Annotated[
         int | None,
         typer.Option(
             "--blocks",
@@ -39,7 +50,7 @@ def shrink(
     ] = None,
     fewer: Annotated[str, _FEWER] = "",
     target_latency: Annotated[float | None, _LATENCY] = None,
-    worse: Annotated[float | None, _WORSE] = None,
+    at_most_worse: Annotated[float | None, _WORSE] = None,
     keep: Annotated[str, typer.Option(help="never cut these: layer1.0,layer2.0")] = "",
     by: Annotated[str, _BY] = "lesion",
     search: Annotated[str, _SEARCH] = "once",
@@ -51,10 +62,13 @@ def shrink(
     data_option: DataOptions = None,
     limit: Annotated[int, typer.Option(min=1, help="rank, and fit, on this many training images")] = 1000,
     replace: Annotated[bool, typer.Option("--replace", help="fit a linear map in the place of what is cut")] = False,
-    epochs: Annotated[
+    compact: Annotated[bool, _COMPACT] = False,
+    recover: Annotated[
         int,
         typer.Option("--recover", min=0, help="then train for so many epochs, the uncut net as teacher"),
     ] = 0,
+    recover_by: Annotated[Literal["distil", "mimic"] | None, _RECOVER_BY] = None,
+    rounds: Annotated[int, _ROUNDS] = 1,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
     report: Annotated[Path | None, typer.Option(help="also write a report with figures to this folder")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
@@ -67,75 +81,72 @@ def shrink(
 
     Four blocks, then three epochs of healing: [bold]resect shrink runs/full --blocks 4 --recover 3 --out cut[/bold]
 
+    A little at a time: [bold]resect shrink runs/full --blocks 4 --rounds 2 --recover 3 --out cut[/bold]
+
     Faster by 30 %: [bold]resect shrink runs/vit --target-latency 0.7 --search greedy --dry-run[/bold]
     """
     import resect
-    from resect.blocks.plan import Plan
-    from resect.integrations.export import format_of
-    from resect.lab.choosing import choose_plan, expected, read_wishes
+    from resect.lab.choosing import check_fit, choose_plan, costs_of, expected
+    from resect.lab.cutting import cut, cut_in_rounds
     from resect.lab.display import progress_bar
     from resect.lab.open import open_model, save_cut
-    from resect.lab.outcome import flops_told, outcome, record, told
+    from resect.lab.outcome import gone_now, outcome, record, told
     from resect.lab.text import TextData
+    from resect.lab.wishes import read_wishes
     from resect.report import theme
 
-    if export:
-        format_of(export)
     wishes = read_wishes(
-        fewer, target_latency, keep, number=number, names=names, plan=plan, worse=worse, by=by, search=search,
-        unit=unit, limit=limit,
+        fewer=fewer, target_latency=target_latency, keep=keep, names=names, plan=plan, out=to, export=export,
+        report=report, dry=dry, n=n, at_most_worse=at_most_worse, by=by, search=search, unit=unit, limit=limit,
+        replace=replace, compact=compact, recover=recover, recover_by=recover_by, rounds=rounds,
     )  # fmt: skip
-    if to is None and not dry:
-        raise InputError("Where shall the cut model go? Give --out FOLDER, or --dry-run to see what to expect.")
     opened = open_model(model, option or (), data, data_option or ())
     if report and (opened.data is None or isinstance(opened.data, TextData)):
         raise InputError("--report is of test images: name some with --data, or leave it out.")
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
+    check_fit(opened, blocks, wishes)
     warned_of_random(opened)
-    with progress_bar(err) as display:
-        chosen = choose_plan(opened, blocks, wishes, display, lambda line: err.print(line, highlight=False))
+
+    def say(line: str) -> None:
+        err.print(line, highlight=False)
+
     if to is None or dry:
+        with progress_bar(err) as display:
+            chosen = choose_plan(opened, blocks, wishes, display, say)
         out.print(str(chosen), highlight=False)
         for line in expected(opened, blocks, chosen, limit):
             out.print(line, highlight=False)
+        if rounds > 1:
+            out.print("That is in one cut. In rounds, which blocks go is asked anew of what was healed.")
         out.print("A dry run: nothing was cut or written.")
         return
-    if replace:
-        small = resect.replace(opened.model, blocks, chosen, opened.batches("train", limit), samples=limit)
-    else:
-        small = resect.remove(opened.model, blocks, chosen)
-    if epochs:
-        from resect.lab.recovering import recover
-
-        with progress_bar(err) as display:
-            recover(small, opened, epochs, progress=lambda done, total: display.steps("recovered", done, total))
+    with progress_bar(err) as display:
+        if rounds > 1:
+            small = cut_in_rounds(opened, blocks, wishes, display, say)
+        else:
+            small = cut(opened, blocks, wishes, choose_plan(opened, blocks, wishes, display, say), display)
     found = outcome(opened, small, limit)
-    record(small, opened, found, epochs)
+    record(small, opened, found, wishes)
     save_cut(small, to, opened)
-    out.print(str(chosen), highlight=False)
-    before, after = (sum(p.numel() for p in net.parameters()) for net in (opened.model, small))
-    healed = f" Then trained for {theme.plural(epochs, 'epoch')}." if epochs else ""
-    proof = healed if replace else f" Proven equal to the closed model.{healed}"
-    out.print(f"Parameters: {before:,} → {after:,} ({after / before - 1:+.1%}).{proof}")
-    out.print(flops_told(opened, small))
-    done: Plan = small.resect_plan  # type: ignore[assignment]
-    for run in done.evidence.get("replaced", {}).values():
-        where = f"merged into {run['merged_into']}" if run["merged_into"] else "one linear layer kept"
-        distance = f"{run['error_removed']:.3g} without it, {run['error']:.3g} with it"
-        out.print(f"In the place of {', '.join(run['blocks'])}: {where}; distance from the uncut net {distance}.")
-    others = ["--recover 3"] * (not epochs) + ["--replace"] * (not replace) + ["resect.mimic in Python"]
-    for line in told(opened, found, limit, " or ".join(others)):
-        out.print(line)
+    for line in told(opened, blocks, small, found, wishes):
+        out.print(line, highlight=False)
     out.print(f"The cut model is in {to}.")
     if export:
         out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
     if report:
-        from resect.lab.choosing import costs_of
         from resect.lab.shrink_report import shrink_report
 
         with progress_bar(err) as display:
             costs = costs_of(opened, blocks)
-            name = f"cut, then {theme.plural(epochs, 'epoch')}" if epochs else "cut"
-            page = shrink_report(report, opened, blocks, chosen, {name: small}, block_costs=costs, say=display.steps)
+            name = f"cut, then {theme.plural(wishes.epochs, 'epoch')}" if recover else "cut"
+            page = shrink_report(
+                report,
+                opened,
+                blocks,
+                gone_now(opened.model, blocks, small),
+                {name: small},
+                block_costs=costs,
+                say=display.steps,
+            )
         out.print(f"The report is {page}.")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -16,13 +13,14 @@ import resect
 from resect.blocks.block import Blocks
 from resect.blocks.example import forward_batch
 from resect.blocks.measure import measure_closed
-from resect.blocks.plan import Plan
-from resect.errors import InputError, check_all, unknown
+from resect.blocks.plan import SHOWN, Plan
+from resect.errors import InputError, check_all
 from resect.lab.display import Bars
 from resect.lab.open import Opened
 from resect.lab.text import TextData
-from resect.shrink.costs import BlockCosts, check_shares
-from resect.shrink.rank import By, Search, Unit, units_of
+from resect.lab.wishes import Wishes
+from resect.shrink.costs import BlockCosts
+from resect.shrink.rank import units_of
 from resect.shrink.ranking import CONTROLS, meant
 
 BATCHES = (1, 32)
@@ -32,77 +30,33 @@ _FIT = 50 * 64 * 4
 """Samples' worth of forward passes that a fit for recoverability takes."""
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What ``resect shrink`` was asked for."""
-
-    number: int | None = None
-    names: str | None = None
-    plan: Plan | None = None
-    """What a file says."""
-    fewer: dict[str, float] = field(default_factory=dict)
-    worse: float | None = None
-    keep: tuple[str, ...] = ()
-    by: str = "lesion"
-    search: str = "once"
-    unit: str | None = None
-    limit: int = 1000
-
-    @property
-    def ranked(self) -> bool:
-        """Whether blocks are to be ranked."""
-        return self.number is not None or bool(self.fewer) or self.worse is not None
-
-
-def read_wishes(
-    fewer: str, target_latency: float | None, keep: str, *, plan: Path | None = None, **others: Any
-) -> Wishes:
-    """Read ``latency=0.3,flops=0.2``, ``layer1.0,layer2.0``, the share of latency to be left, and the file of a plan.
-
-    Raises ``InputError`` with everything that is wrong with them; ``FileError`` for a file that is no plan.
-    """
-    shares: dict[str, float] = {}
+def check_fit(opened: Opened, blocks: Blocks, wishes: Wishes) -> None:
+    """Raise ``InputError``, before any work, with everything that this model cannot be asked for."""
     wrong = []
-    for part in filter(None, (part.strip() for part in fewer.split(","))):
-        name, _, share = part.partition("=")
-        try:
-            shares[name.strip()] = float(share)
-        except ValueError:
-            wrong.append(f"--fewer {part!r} must look like latency=0.3, flops=0.3 or parameters=0.3")
-    if target_latency is not None:
-        if "latency" in shares:
-            wrong.append("--target-latency and --fewer latency=… say the same: give one")
-        if not 0 < target_latency < 1:
-            wrong.append(
-                f"--target-latency is the share of latency that is left, 0.7 for 30 % less, not {target_latency:g}"
-            )
-        shares["latency"] = 1 - target_latency
-    worse = others.get("worse")
-    if worse is not None and not 0 <= worse < math.inf:
-        wrong.append(f"--at-most-worse is points of error that it may cost, from 0 up, not {worse:g}")
-    check_all(wrong, "What shall go")
-    if shares:
-        check_shares(shares)
-    wishes = Wishes(fewer=shares, keep=tuple(filter(None, (name.strip() for name in keep.split(",")))), **others)
-    for what, said, known in (("score", wishes.by, By), ("search", wishes.search, Search), ("unit", wishes.unit, Unit)):
-        if said is not None and said not in get_args(known):
-            raise unknown(what, said, get_args(known))
-    if sum((wishes.ranked, wishes.names is not None, plan is not None)) > 1:
-        raise InputError(
-            "Give one of --names, --plan, and what is to be ranked for: --blocks, --fewer, --target-latency, "
-            "--at-most-worse."
-        )
-    if not wishes.ranked and (wishes.keep or wishes.by != "lesion" or wishes.search != "once" or wishes.unit):
-        raise InputError(
-            "--keep, --by, --search and --unit are about ranking. Say how much shall go: --blocks N, "
-            "--fewer flops=0.3, --target-latency 0.7 or --at-most-worse 0.5."
-        )
-    return wishes if plan is None else replace(wishes, plan=_read(plan))
+    for option, names in (("--keep", wishes.keep), ("--names", wishes.names or ())):
+        for name in names:
+            try:
+                meant(blocks, name)
+            except InputError as error:
+                wrong.append(f"{option}: {error}")
+    if wishes.plan is not None:
+        wrong += wishes.plan.differences(blocks)
+    if wishes.ranked and not wrong:
+        units, kind = units_of(_free(blocks, wishes), wishes.unit)  # type: ignore[arg-type]
+        if not units:
+            wrong.append("--keep leaves no block that may go.")
+        elif (wishes.n or 0) > len(units):
+            wrong.append(f"--blocks {wishes.n}: there are {len(units)} {kind}s that may go")
+    other = f"{opened.name} is not the model that this plan was made for (--names cuts by names alone)"
+    check_all(wrong, other if wishes.plan else opened.name, limit=SHOWN)
+    if wishes.needs_data:
+        opened.batches("train", 1)
 
 
-def _read(file: Path) -> Plan:
-    """The plan in a file, or in the folder of a cut model or a run."""
-    return Plan.load(file / "plan.json" if file.is_dir() else file)
+def _free(blocks: Blocks, wishes: Wishes) -> Blocks:
+    """The blocks that may go."""
+    kept = {name for key in wishes.keep for name in meant(blocks, key)}
+    return blocks.select([name for name in blocks.names if name not in kept])
 
 
 def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
@@ -111,9 +65,9 @@ def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, s
     Raises ``InputError`` for wishes that cannot be met, none, or a plan that cuts nothing.
     """
     if wishes.ranked:
-        return _by_rank(opened, blocks, wishes, display, say)
+        return by_rank(opened, blocks, wishes, display, say)
     if wishes.names is not None:
-        return Plan.of(blocks, [name.strip() for name in wishes.names.split(",")])
+        return Plan.of(blocks, [name for key in wishes.names for name in meant(blocks, key)])
     # That of a net that was cut says what is gone already.
     own = opened.folder / "plan.json" if opened.folder and not hasattr(opened.model, "resect_plan") else None
     if wishes.plan is None and (own is None or not own.exists()):
@@ -126,29 +80,26 @@ def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, s
             "This plan cuts nothing: no block was muted in every step of the last epochs. "
             "Train longer, or cut the blocks that are missed least: --blocks N."
         )
-    return plan
+    return Plan.of(blocks, plan)
 
 
-def _by_rank(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
-    kept = {name for key in wishes.keep for name in meant(blocks, key)}
-    blocks = blocks.select([name for name in blocks.names if name not in kept])
-    if not blocks:
-        raise InputError("--keep leaves no block that may go.")
+def by_rank(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
+    """Return the plan of what is missed least."""
+    blocks = _free(blocks, wishes)
     units, kind = units_of(blocks, wishes.unit)  # type: ignore[arg-type]
-    depth = wishes.number if wishes.number is None else min(wishes.number, len(units))
-    data = None if wishes.by in CONTROLS and wishes.worse is None else opened.batches("train", wishes.limit)
+    data = None if wishes.by in CONTROLS and wishes.at_most_worse is None else opened.batches("train", wishes.limit)
     say(f"Choosing takes about {_said(foreseen(opened, blocks, wishes, len(units), data))} at most.")
     costs = costs_of(opened, blocks) if wishes.fewer else None
     ranking = resect.rank(
         opened.model, blocks, data, by=wishes.by, unit=kind, search=wishes.search, metric="cross_entropy",  # type: ignore[arg-type]
-        costs=None if wishes.search == "beam" else costs, depth=depth,
+        costs=None if wishes.search == "beam" else costs, depth=wishes.n,
         progress=functools.partial(display.steps, "ranked"),
     )  # fmt: skip
-    if wishes.worse is not None:
+    if wishes.at_most_worse is not None:
         assert data is not None
         told = functools.partial(display.steps, "measured")
         ranking = ranking.measure(opened.model, data, metric=metric_of(opened), progress=told)
-    return ranking.choose(wishes.number, fewer=wishes.fewer or None, at_most_worse=wishes.worse, costs=costs)
+    return ranking.choose(wishes.n, fewer=wishes.fewer or None, at_most_worse=wishes.at_most_worse, costs=costs)
 
 
 def costs_of(opened: Opened, blocks: Blocks) -> BlockCosts:
@@ -164,7 +115,7 @@ def metric_of(opened: Opened) -> str:
 def foreseen(opened: Opened, blocks: Blocks, wishes: Wishes, count: int, data: list[Any] | None) -> float:
     """Return about how many seconds choosing takes: the number of passes, by the time of one batch."""
     passes = 0.0
-    growing = sum(count - step for step in range(min(wishes.number or count, count)))
+    growing = sum(count - step for step in range(min(wishes.n or count, count)))
     if wishes.by == "lesion":
         passes += {"once": count, "greedy": growing, "beam": 4 * growing, "runs": count * (count + 1) / 2}[
             wishes.search
@@ -172,7 +123,7 @@ def foreseen(opened: Opened, blocks: Blocks, wishes: Wishes, count: int, data: l
     elif wishes.by not in CONTROLS:
         each = {"taylor": 3.0, "recoverability": count * _FIT / wishes.limit}.get(wishes.by, 1.0)
         passes += each * (count if wishes.search == "greedy" else 1)
-    passes += count if wishes.worse is not None else 0
+    passes += count if wishes.at_most_worse is not None else 0
     seconds = 0.0
     if data:
         seconds += passes * len(data) * _seconds(lambda: forward_batch(opened.model, data[0]))

@@ -58,7 +58,8 @@ def _trained(plan: Plan) -> str:
     if not epochs:
         return "Training afterwards changes the weights, and is not recorded here."
     often = f"{epochs} epoch{'s' * (epochs != 1)}"
-    return f"Afterwards it was trained for {often}, with the model that it was cut from as its teacher."
+    ways = f" ({', '.join(found['by'])})" if isinstance(found, Mapping) and found.get("by") else ""
+    return f"Afterwards it was trained for {often}, with the model that it was cut from as its teacher{ways}."
 
 
 def _outcome(plan: Plan) -> list[str]:

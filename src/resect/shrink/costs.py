@@ -180,6 +180,11 @@ def check_shares(fewer: Any) -> None:
     """Raise ``InputError`` unless ``fewer`` is ``{quantity: share}``, with everything that is wrong with it."""
     if not isinstance(fewer, Mapping) or not fewer:
         raise InputError(f"fewer must name shares, for instance {{'latency': 0.3}}, not {fewer!r}.")
+    check_all(share_mistakes(fewer), "fewer")
+
+
+def share_mistakes(fewer: Mapping[Any, Any]) -> list[str]:
+    """Say what is wrong with shares of quantities, each of which is to be above 0 and below 1."""
     wrong = []
     for quantity, share in fewer.items():
         if quantity not in QUANTITIES:
@@ -188,4 +193,4 @@ def check_shares(fewer: Any) -> None:
             wrong.append(f"{quantity!r} is none of {quoted(QUANTITIES)}{hint}")
         elif isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
             wrong.append(f"{quantity}: {share!r} must be a share above 0 and below 1, 0.3 for 30 %")
-    check_all(wrong, "fewer")
+    return wrong

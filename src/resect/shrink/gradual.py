@@ -11,7 +11,8 @@ from resect.blocks.find import find_blocks
 from resect.blocks.gate import resolve
 from resect.blocks.plan import Plan
 from resect.blocks.unwrap import unwrap
-from resect.errors import BlocksError, InputError
+from resect.errors import BlocksError, InputError, quoted
+from resect.shrink.rank import Unit, units_of
 from resect.shrink.remove import Names, remove
 
 Choose = Callable[[nn.Module, Blocks, int], Names]
@@ -21,20 +22,30 @@ Heal = Callable[[nn.Module, nn.Module], object]
 
 
 def shrink_gradually(
-    model: nn.Module, blocks: Blocks, n: int, *, choose: Choose, heal: Heal, rounds: int | None = None
+    model: nn.Module,
+    blocks: Blocks,
+    n: int,
+    *,
+    choose: Choose,
+    heal: Heal,
+    rounds: int | None = None,
+    unit: Unit = "block",
+    compact: bool = False,
 ) -> nn.Module:
-    """Remove ``n`` blocks in several rounds, healing what is left after each; return the smaller model.
+    """Remove ``n`` blocks, or layers, in several rounds, healing what is left after each; return the smaller model.
 
     Which blocks go next is asked anew after every round, of the healed model. Each cut is proven as ``remove`` does.
 
     Parameters
     ----------
     model, blocks: as in ``remove``; the model is left alone. The blocks must carry their example.
-    n: how many blocks go in all.
-    choose: ``choose(small, blocks, k)`` gives a plan, or names, of k of the blocks that are left.
+    n: how many go in all.
+    choose: ``choose(small, blocks, k)`` gives a plan, or names, of k of the blocks, or layers, that are left.
     heal: ``heal(small, model)`` trains the cut model in place, however it likes: ``mimic``, a loop with
         ``Distillation``, ``recalibrate``.
     rounds: how many cuts, 1 … n; by default one block at a time.
+    unit: what is counted: ``"block"`` or ``"layer"``, all blocks of which go.
+    compact: as in ``remove``, with the last cut: names hold until then.
 
     Raises
     ------
@@ -51,18 +62,21 @@ def shrink_gradually(
         raise BlocksError("These blocks carry no example to find them by again. Use find_blocks(model, example).")
     rounds = n if rounds is None else rounds
     whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (n, rounds))
-    if not whole or not 1 <= rounds <= n <= len(blocks):
+    most = len(units_of(blocks, unit)[0])
+    if not whole or not 1 <= rounds <= n <= most:
         raise InputError(
-            f"shrink_gradually(n={n!r}, rounds={rounds!r}): n must be from 1 to {len(blocks)}, the number of blocks, "
-            "and rounds from 1 to n."
+            f"shrink_gradually(n={n!r}, rounds={rounds!r}): n must be from 1 to {most}, the number of {unit}s, and "
+            "rounds from 1 to n."
         )
     small, left = model, blocks
     for turn in range(rounds):
         count = n * (turn + 1) // rounds - n * turn // rounds
         plan = Plan.of(left, choose(small, left, count))
-        if len(plan.blocks) != count:
-            raise InputError(f"choose was asked for {count} blocks and gave {len(plan.blocks)}.")
-        small = remove(small, left, plan)
+        taken = [names for names in units_of(left, unit)[0].values() if set(names) <= set(plan.names)]
+        if len(taken) != count or len(plan.blocks) != sum(map(len, taken)):
+            given = len(plan.blocks) if unit == "block" else quoted(plan.names)
+            raise InputError(f"choose was asked for {count} {unit}s and gave {given}.")
+        small = remove(small, left, plan, compact=compact and turn + 1 == rounds)
         heal(small, model)
         if turn + 1 < rounds:
             left = find_blocks(small, blocks.example)

@@ -17,11 +17,17 @@ COMPACT = "compact"
 REPLACED = "replaced"
 """Key of what ``replace`` put in the place of runs of blocks, by the name of each run's first."""
 RECOVERED = "recovered"
-"""Key of what was trained afterwards: ``{"epochs": N}``."""
+"""Key of what was trained afterwards: ``{"epochs": N, "by": [ways]}``."""
 MEASURES = {"test_error": "test error (%)", "perplexity": "perplexity"}
 """Keys of what was measured before and after, ``{"uncut": …, "cut": …, "data": …}``, and what they are called."""
 OUTCOME = (RECOVERED, *MEASURES)
 """Keys of what came of a cut, and is not true any more of the next."""
+
+
+def unspent(plan: Plan) -> Plan:
+    """Return a plan without what was done when it was carried out before: of the next model nothing of it is true."""
+    done = (COMPACT, REPLACED, *OUTCOME)
+    return replace(plan, evidence={key: value for key, value in plan.evidence.items() if key not in done})
 
 
 def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None = None) -> Plan:

@@ -26,7 +26,7 @@ from resect.blocks.upkeep import Upkeep
 from resect.blocks.verify import compare, observe
 from resect.errors import BlocksError, InputError, ProofError
 from resect.shrink.compact import compact as delete_emptied
-from resect.shrink.history import grown
+from resect.shrink.history import grown, unspent
 
 Names = Plan | Blocks | str | Iterable[str]
 
@@ -95,7 +95,7 @@ def remove(
     """
     blocks = resolve(model, blocks)
     model = unwrap(model)
-    plan = Plan.of(blocks, plan)
+    plan = unspent(Plan.of(blocks, plan))
     if not plan.blocks:
         raise InputError("The plan removes nothing. Name at least one block, for instance blocks.names[-1].")
     if blocks.example is None:

@@ -23,7 +23,7 @@ from resect.blocks.trace import quiet
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError, check_all, unknown
 from resect.shrink.compact import compact as delete_emptied
-from resect.shrink.history import REPLACED, grown
+from resect.shrink.history import REPLACED, grown, unspent
 from resect.shrink.least_squares import LeastSquares
 from resect.shrink.merge import Projection, projection_of
 from resect.shrink.remove import Names, copied, remove
@@ -79,7 +79,7 @@ def replace(
     if by != "linear":
         raise unknown("stand-in", by, ("linear",))
     blocks, model = resolve(model, blocks), unwrap(model)
-    plan = Plan.of(blocks, plan)
+    plan = unspent(Plan.of(blocks, plan))
     runs = _runs(blocks, plan)
     batches = first_batches(model, data, samples)
     with quiet(model):

@@ -1,0 +1,156 @@
+"""``resect shrink`` as a stranger uses it: what can be checked is told at once and first, nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import resect as package
+from resect.cli.words import in_options
+from resect.lab import recipe
+from resect.lab.open import open_model
+from resect.lab.trainer import train
+
+CHANGES = ["model.name=cifar-preresnet-14", "model.options={widths = [4, 4, 8]}", "train.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a net that was trained for an epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "net"
+    train(recipe.read("digits-plain", CHANGES), folder)
+    return str(folder)
+
+
+def evidence(folder):
+    return json.loads((folder / "plan.json").read_text())["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ["--names", " , ", "--fewer", "flps=0.3,latency", "--by", "lesions", "--search", "greddy"],
+            ["flps", "'latency' must look", "--names names no block", "'lesion'?", "'greedy'?", "Where shall"],
+        ),
+        (["--recover-by", "mimic", "--names", "a"], ["nothing how long: add --recover EPOCHS"]),
+        (["--rounds", "2", "--blocks", "2"], ["nothing heals: add --recover"]),
+        (["--rounds", "3", "--blocks", "2", "--recover", "1"], ["--rounds 3 is more than --blocks 2"]),
+        (["--rounds", "2", "--names", "a", "--recover", "1"], ["it goes with --blocks N"]),
+        (["--rounds", "2", "--blocks", "2", "--fewer", "flops=0.1", "--recover", "1"], ["without other wishes"]),
+        (["--rounds", "2", "--blocks", "2", "--recover", "1", "--replace"], ["--rounds and --replace do not"]),
+        (["--blocks", "2", "--by", "random", "--search", "greedy"], ["changes nothing of --by random"]),
+        (["--blocks", "2", "--by", "size", "--search", "beam"], ["--search beam compares", "goes with --by lesion"]),
+        (["--names", "a", "--out", "cut", "--report", "cut"], ["--report cut is --out, too"]),
+        (["--names", "a", "--report", "full"], ["--report: 'full' holds 'thesis.tex', not written here"]),
+        (["--names", "a", "--out", "full"], ["--out: full holds 'thesis.tex' already"]),
+        (["--names", "a", "--out", "full/thesis.tex"], ["--out: full/thesis.tex is a file"]),
+        (["--names", "a", "--export", "a.onnx"], ["--export: 'a.onnx' is a folder"]),
+    ],
+)
+def test_what_needs_no_model_is_told_together_before_one_is_opened(resect, tmp_path, arguments, messages):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "a.onnx").mkdir()
+    code, _, err = resect("shrink", "runs/nothing", *arguments)
+    assert code == 1
+    assert "There is no folder" not in err
+    for message in messages:
+        assert message in err.replace("\n", " ")
+
+
+def test_an_earlier_cut_is_never_overwritten(resect, run, tmp_path):
+    (tmp_path / "cut").mkdir()  # an empty folder is no cut
+    assert resect("shrink", run, "--names", "layer1.0", "--out", "cut")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()}
+    code, _, err = resect("shrink", "runs/nothing", "--names", "layer1.1", "--out", "cut")
+    assert code == 1
+    assert "--out: cut holds a cut model already: choose another folder, or delete it." in err
+    assert "There is no folder" not in err
+    code, _, err = resect("shrink", run, "--names", "layer1.1", "--out", run)
+    assert code == 1
+    assert "holds a run already" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == before
+    assert resect("shrink", run, "--names", "layer1.1", "--limit", "32", "--out", "cut", "--dry-run")[0] == 0
+
+
+def test_what_the_model_cannot_be_asked_for_is_told_before_the_work(resect, run, tmp_path, monkeypatch):
+    def works(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("resect.lab.cutting.cut", works)
+    monkeypatch.setattr("resect.lab.choosing.by_rank", works)
+    blocks, given = ["--blocks", "6"], ["--limit", "32", "--out", "cut"]
+    for arguments, message in (
+        ([*blocks, "--keep", "layer1.0,layer9"], "--keep: Unknown residual block 'layer9'"),
+        ([*blocks, "--keep", "layer1.0"], "--blocks 6: there are 5 blocks that may go"),
+        (["--names", "layer1.0,layr2.0,x"], "2 problems"),
+    ):
+        code, _, err = resect("shrink", run, *arguments, *given)
+        assert code == 1
+        assert message in err.replace("\n", " ")
+    code, _, err = resect("shrink", "cifar-preresnet-8", "--names", "layer1.0", "--recover", "1", *given)
+    assert code == 1
+    assert "has no data of its own" in err.replace("\n", " ")
+    opened = open_model(run)
+    blocks = package.find_blocks(opened.model, opened.example())
+    package.Plan.of(blocks, ["layer1.0"]).save(tmp_path / "plan.json")
+    code, _, err = resect("shrink", "cifar-preresnet-8", "--plan", "plan.json", *given)
+    assert code == 1
+    assert "layer1.0/conv1 has 4,640 parameters here, and 296 parameters in the plan" in err.replace("\n", " ")
+    assert "it has no block layer3.1/conv1" in err.replace("\n", " ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+
+
+def test_what_is_out_of_reach_is_told_in_the_words_of_the_options(resect, run):
+    wanted = ["--by", "last", "--fewer", "flops=0.9", "--keep", "layer1.0,layer1.1", "--dry-run"]
+    code, _, err = resect("shrink", run, *wanted)
+    assert code == 1
+    assert "the most that can go: --blocks 4 with" in err.replace("\n", " ")
+
+
+def test_cut_a_little_heal_and_again_by_mimicking_then_compactly(resect, run, tmp_path):
+    wanted = ["--blocks", "2", "--rounds", "2", "--recover", "2", "--recover-by", "mimic", "--compact"]
+    choice = ["--keep", "layer1.0,layer2.0,layer3.0", "--by", "size", "--limit", "100"]
+    code, out, err = resect("shrink", run, *wanted, *choice, "--out", "cut")
+    assert code == 0, err
+    assert "Round 2 of 2." in err
+    assert "trained for 4 epochs" in out
+    found = evidence(tmp_path / "cut")
+    assert found["recovered"] == {"epochs": 4, "by": ["mimic"]}
+    deleted = found["compact"]["layers"]
+    assert len(deleted) == 2
+    assert f"Layers deleted: {', '.join(deleted)} " in out
+    small = open_model(str(tmp_path / "cut")).model
+    assert sum(len(stage) for stage in (small.layer1, small.layer2, small.layer3)) == 4
+    assert "as its teacher (mimic)" in (tmp_path / "cut" / "README.md").read_text()
+    # It was healed, goes on like any cut, and says only what went now.
+    uncut = open_model(run).model
+    assert not torch.equal(small.layer1[0].conv1.weight, uncut.layer1[0].conv1.weight)
+    code, out, err = resect("shrink", "cut", "--names", "layer1.0", "--recover", "1", "--compact", "--out", "cut2")
+    assert code == 0, err
+    assert out.startswith("1 residual block to go, chosen by names:\n  layer1.0/conv1 ")
+    assert "Layers deleted: layer1.0 " in out
+    assert evidence(tmp_path / "cut2")["recovered"] == {"epochs": 5, "by": ["mimic", "distil"]}
+    # Its plan says what goes, not what was done: the next one may be cut otherwise.
+    code, out, err = resect("shrink", run, "--plan", "cut2", "--out", "cut3")
+    assert code == 0, err
+    assert "compact" not in evidence(tmp_path / "cut3")
+    assert len(open_model(str(tmp_path / "cut3")).model.layer1) == 2
+
+
+def test_the_librarys_arguments_become_options():
+    options = {"n": "--blocks", "keep": "--keep", "fewer": "--fewer", "compact": "--compact", "by": "--by"}
+    for said, meant in (
+        ("the nearest: choose(n=3).", "the nearest: --blocks 3."),
+        ("keep= holds 'a'", "--keep holds 'a'"),
+        ("goes with by='lesion', not", "goes with --by lesion, not"),
+        ("Remove without compact=True, and", "Remove without --compact, and"),
+        ("n=12 with 3.5% less", "--blocks 12 with 3.5% less"),
+        ("option 'keep=3' must", "option 'keep=3' must"),
+        ("data.n=3, then=4 and --by=5", "data.n=3, then=4 and --by=5"),
+    ):
+        assert in_options(said, options) == meant
+    assert in_options("n=3", {}) == "n=3"
