@@ -325,3 +325,5 @@ def test_a_plan_that_was_carried_out_says_what_goes_and_not_what_was_done(tmp_pa
         assert not {"compact", "replaced"} & small.resect_plan.evidence.keys()
         resect.save(small, tmp_path / "cut")
         assert torch.equal(resect.load(tmp_path / "cut", Net((False, False, False)))(x), small(x))
+    again = resect.replace(net, blocks, compact.resect_plan, [torch.randn(4, 5) for _ in range(2)])
+    assert "compact" not in again.resect_plan.evidence

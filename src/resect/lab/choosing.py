@@ -13,7 +13,7 @@ import resect
 from resect.blocks.block import Blocks
 from resect.blocks.example import forward_batch
 from resect.blocks.measure import measure_closed
-from resect.blocks.plan import SHOWN, Plan
+from resect.blocks.plan import Plan
 from resect.errors import InputError, check_all
 from resect.lab.display import Bars
 from resect.lab.open import Opened
@@ -39,16 +39,13 @@ def check_fit(opened: Opened, blocks: Blocks, wishes: Wishes) -> None:
                 meant(blocks, name)
             except InputError as error:
                 wrong.append(f"{option}: {error}")
-    if wishes.plan is not None:
-        wrong += wishes.plan.differences(blocks)
     if wishes.ranked and not wrong:
         units, kind = units_of(_free(blocks, wishes), wishes.unit)  # type: ignore[arg-type]
         if not units:
             wrong.append("--keep leaves no block that may go.")
         elif (wishes.n or 0) > len(units):
             wrong.append(f"--blocks {wishes.n}: there are {len(units)} {kind}s that may go")
-    other = f"{opened.name} is not the model that this plan was made for (--names cuts by names alone)"
-    check_all(wrong, other if wishes.plan else opened.name, limit=SHOWN)
+    check_all(wrong, opened.name)
     if wishes.needs_data:
         opened.batches("train", 1)
 
