@@ -105,8 +105,8 @@ def shrink(
         raise InputError("--report is of test images: name some with --data, or leave it out.")
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
-    check_fit(opened, blocks, wishes)
     warned_of_random(opened)
+    check_fit(opened, blocks, wishes)
 
     def say(line: str) -> None:
         err.print(line, highlight=False)
