@@ -158,7 +158,7 @@ class Intercepted:
                 for gate in part.gates:
                     if gate.shuts():
                         if gate.is_closed and len(part.gates) == 1:  # as mostly: nothing else needs asking
-                            return part.absent(self, args, kwargs)
+                            return part.absent(self, args, kwargs)  # type: ignore[arg-type]
                         framed = port.frames or port.counters or port.fast_path_off
                         run = functools.partial(self._framed, port, call) if framed else super().__call__  # type: ignore[misc]
                         return part.instead(self, run, args, kwargs)
