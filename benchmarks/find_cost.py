@@ -104,7 +104,7 @@ def interception(grad: bool, rounds: int, blocks: int = 50, repeat: int = 10) ->
 
 
 @torch.no_grad()
-def closing(rounds: int) -> list[float]:
+def closing(rounds: int, tries: int) -> list[float]:
     """What closing half of ResNet-50 at 224 px saves, as a share of what removing it saves."""
     torch.manual_seed(0)
     model, x = timm.create_model("resnet50").eval(), torch.randn(1, 3, 224, 224)
@@ -114,13 +114,13 @@ def closing(rounds: int) -> list[float]:
     whole, closed, removed = [], [], []
     for _ in range(rounds):
         took: list[list[float]] = [[], [], []]
-        for _ in range(7):  # pass by pass in turn, so that a slow moment meets all three
+        for _ in range(tries):  # pass by pass in turn, so that a slow moment meets all three
             took[0].append(clock(lambda: model(x)))
             took[1].append(clock(lambda: small(x)))
             with resect.closed(model, half):
                 took[2].append(clock(lambda: model(x)))
-        for times, tries in zip((whole, removed, closed), took, strict=True):
-            times.append(min(tries))
+        for times, each in zip((whole, removed, closed), took, strict=True):
+            times.append(min(each))
     saved = statistics.median(whole) - statistics.median(removed)
     return [1 - (shut - gone) / saved for shut, gone in zip(closed, removed, strict=True)]
 
@@ -141,7 +141,7 @@ def identical(model: nn.Module, x: Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: 5 of finding, 9 of closing, 15 of gates")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: 5 of finding, 15 of gates and closing")
     quick = parser.parse_args().quick
     rounds, more = (5, 15) if quick else (15, 30)
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def main() -> None:
         added = interception(grad, more)
         kept.append(holds(added, MICROSECONDS))
         result[f"open_us_{name.replace(' ', '_')}"] = shown(f"an open gate, {name}", added, "µs a module", kept[-1])
-    shares = closing(more if not quick else 9)
+    shares = closing(more, 2 if quick else 7)
     kept.append(holds(shares, SHARE, at_least=True))
     result["closed_saves_of_removed"] = shown("half of ResNet-50 closed saves, of removing,", shares, "", kept[-1])
     result["identical"] = all(identical(*net) for net in made.values())

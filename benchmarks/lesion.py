@@ -2,9 +2,11 @@
 
 Sides take turns in every round, on one thread, in processor time, on the same batches: the naive way in float32 and
 bfloat16; `lesion_study` in both; of `resect.folded` copies in both. A ratio is of the two times of one round; medians
-and quartiles; a claim whose spread exceeds half its margin fails. Accuracies are compared lesion by lesion.
+and quartiles; a claim whose spread exceeds half its margin fails. Accuracies are compared lesion by lesion. At the end
+other tools, where they are installed: see `lesion_peers.py`.
 
     python benchmarks/lesion.py --data FOLDER        # CIFAR-10 as parquet files: train.parquet, test.parquet
+    python benchmarks/lesion.py --data FOLDER --only peers
     python benchmarks/lesion.py --quick              # enlarged digits, a net that is fitted rather than trained
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 from lesion_net import Images, batches, cifar10, digits, trained
+from lesion_peers import beside
 from timing import clock, holds, in_turns, quartiles, shown
 from torch import nn
 
@@ -58,34 +61,6 @@ def folded_lesions(net: nn.Module, blocks: resect.Blocks, data: list[Images], dt
     return lesions(fast, blocks, data, torch.float32)
 
 
-def kills_the_shortcut(net: nn.Module, name: str, data: list[Images]) -> float | None:
-    """Accuracy with the block's output ablated by captum, which sets all of it to 0; None where it is not installed."""
-    try:
-        from captum.attr import LayerFeatureAblation
-    except ImportError:
-        return None
-    block, right = net.get_submodule(name), 0
-    seen: list[torch.Tensor] = []
-    hook = net.register_forward_hook(lambda _, args, output: seen.append(output.detach()))
-    with torch.no_grad():
-        for x, y in data:
-            mask = torch.zeros_like(block_output(net, block, x)[:1], dtype=torch.long)  # one feature: the whole layer
-            seen.clear()
-            LayerFeatureAblation(net, block).attribute(x, target=y, layer_mask=mask)
-            right += int((seen[-1].argmax(dim=1) == y).sum())
-    hook.remove()
-    return 100 * right / sum(len(y) for _, y in data)
-
-
-def block_output(net: nn.Module, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a block gives for a batch."""
-    outputs: list[torch.Tensor] = []
-    hook = block.register_forward_hook(lambda _, args, output: outputs.append(output))
-    net(x)
-    hook.remove()
-    return outputs[0]
-
-
 def largest(one: list[float], other: list[float]) -> float:
     """The largest difference of two lists, pair by pair."""
     return round(max(abs(a - b) for a, b in zip(one, other, strict=True)), 6)
@@ -101,6 +76,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=2000, help="images for the comparison of accuracies")
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3, help="few, since one takes up to a minute a side")
+    parser.add_argument("--only", choices=["peers"], help="the comparison with other tools alone")
     options = parser.parse_args()
     if options.quick:
         options.images, options.judged, options.rounds, options.batch = 100, 50, 2, 100
@@ -112,6 +88,14 @@ def main() -> None:
     data = batches((images[0][: options.images], images[1][: options.images]), options.batch)
     blocks = resect.find_blocks(net, images[0][:2])[:: 3 if options.quick else 1]
     names = [block.owner for block in blocks]
+    few = 20 if options.quick else 200
+    own = {
+        "by hook": functools.partial(naive, net, names),
+        "lesion_study": lambda on: lesions(net, blocks, on, torch.float32),
+    }
+    if options.only:
+        beside(own, net, names, batches((images[0][:few], images[1][:few]), few), options.rounds)
+        return
     half = trained(load("train", 300), 0, None).to(HALF)
     half.load_state_dict(net.state_dict())
 
@@ -146,10 +130,7 @@ def main() -> None:
     span = f"{min(truth[1:]):.2f} … {max(truth[1:]):.2f} %"
     print(f"accuracy of the whole net {truth[0]:.2f} %, with one block closed {span}")
     print(f"largest gap to the naive side over {len(images[1])} images, in points: {gaps}")
-    whole, without = truth[0], truth[1]
-    captum = kills_the_shortcut(net, names[0], data)
-    if captum is not None:
-        print(f"{names[0]}: whole {whole:.1f} %, branch closed {without:.1f} %, all ablated by captum {captum:.1f} %")
+    beside(own, net, names, batches((images[0][:few], images[1][:few]), few), options.rounds)
     kept += [gaps["fp32"] == 0, gaps["fp32 folded"] == 0, options.quick or gaps["bf16 folded"] <= GAP]
     result |= {
         "max_accuracy_gap_fp32": max(gaps["fp32"], gaps["fp32 folded"]),

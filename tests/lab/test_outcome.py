@@ -41,8 +41,7 @@ def test_a_ruinous_cut_is_called_that(key, uncut, cut, ruined):
 
 
 @pytest.mark.parametrize(("half", "noisy"), [(0.3, False), (0.4, True)])
-def test_latency_that_is_mostly_noise_is_called_that(monkeypatch, half, noisy):
-    costs = SimpleNamespace(latency=lambda names, batch: (1.0, half), saved=lambda quantity, names: 0.1)
-    monkeypatch.setattr("resect.lab.choosing.costs_of", lambda opened, blocks: costs)
-    line = next(expected(SimpleNamespace(data=None), (), SimpleNamespace(names=[]), 1))
+def test_latency_that_is_mostly_noise_is_called_that(half, noisy):
+    times = {"1": {"whole": (1.0, half), "cut": (1.0, half)}}
+    line = next(expected(SimpleNamespace(data=None), (), SimpleNamespace(evidence={"measured_ms": times}), 1))
     assert ("too noisy to say" in line) is noisy

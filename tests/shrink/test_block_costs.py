@@ -13,7 +13,7 @@ import resect
 from resect.blocks import cost
 from resect.blocks.block import Blocks
 from resect.errors import BlocksError, InputError
-from resect.shrink.timed import _check
+from resect.shrink.timed import _check, _summary
 
 pytestmark = pytest.mark.core
 
@@ -142,3 +142,9 @@ def test_blocks_inside_one_another_do_not_add_up():
     inner = dataclasses.replace(outer, name="inner", modules=tuple(f"{name}.0" for name in outer.modules))
     with pytest.raises(BlocksError, match=r"inner or the outer ones: 'inner' lies in the branch of '1/branch"):
         _check(Blocks([outer, *others, inner]))
+
+
+def test_what_stretches_take_adds_up_to_a_pass():
+    rows = [[1.0, 1.0, 9.0], [1.0, 9.0, 1.0], [9.0, 1.0, 1.0]]  # in every pass one is held up, and each mostly is not
+    took, _ = _summary(rows)
+    assert took.tolist() == pytest.approx([11 / 3] * 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from resect.blocks.example import forward_batch
 from resect.blocks.measure import measure_closed
 from resect.blocks.plan import Plan
 from resect.errors import InputError, check_all
+from resect.lab.candidate import Times, measured, meeting
 from resect.lab.display import Bars
 from resect.lab.open import Opened
 from resect.lab.text import TextData
@@ -96,12 +97,18 @@ def by_rank(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: 
         assert data is not None
         told = functools.partial(display.steps, "measured")
         ranking = ranking.measure(opened.model, data, metric=metric_of(opened), progress=told)
-    return ranking.choose(wishes.n, fewer=wishes.fewer or None, at_most_worse=wishes.at_most_worse, costs=costs)
+    timed = functools.partial(times_of, opened, blocks)
+    return meeting(ranking, wishes.fewer, timed, say, costs=costs, n=wishes.n, at_most_worse=wishes.at_most_worse)
 
 
 def costs_of(opened: Opened, blocks: Blocks) -> BlockCosts:
     """Return what blocks cost here, at batch 1 and 32."""
     return resect.block_costs(opened.model, blocks, opened.example(), BATCHES, rounds=_ROUNDS)
+
+
+def times_of(opened: Opened, blocks: Blocks, names: Collection[str]) -> Times:
+    """Return what the net takes here, whole and without some blocks, at batch 1 and 32."""
+    return measured(opened.model, blocks, names, opened.example(), BATCHES, _ROUNDS)
 
 
 def metric_of(opened: Opened) -> str:
@@ -128,7 +135,7 @@ def foreseen(opened: Opened, blocks: Blocks, wishes: Wishes, count: int, data: l
         example = resect.Example.of(opened.example())
         samples = len(example.tensors()[0])
         one = _seconds(lambda: example.run(opened.model))
-        seconds += 1.6 * (_ROUNDS + 2) * one * sum(max(batch / samples, 0.1) for batch in BATCHES)
+        seconds += 3.3 * (_ROUNDS + 2) * one * sum(max(batch / samples, 0.1) for batch in BATCHES)
     return seconds
 
 
@@ -145,14 +152,15 @@ def _said(seconds: float) -> str:
 
 
 def expected(opened: Opened, blocks: Blocks, plan: Plan, limit: int) -> Iterator[str]:
-    """Say what a plan is expected to save, and to cost before recovery; nothing is changed or written."""
-    costs = costs_of(opened, blocks)
-    for batch in BATCHES:
-        (whole, more), (cut, less) = costs.latency((), batch), costs.latency(plan.names, batch)
+    """Say what a plan saves, timed on a copy that is cut, and costs before recovery; nothing is changed or written."""
+    times: Times = plan.evidence.get("measured_ms") or times_of(opened, blocks, plan.names)
+    for batch, row in times.items():
+        (whole, more), (cut, less) = row["whole"], row["cut"]
         change = f"{whole:.2f} ± {more:.2f} → {cut:.2f} ± {less:.2f} ms ({cut / whole - 1:+.1%})"
         noisy = more > whole / 3 or less > cut / 3
         doubt = " (too noisy to say: try again on a quiet machine)" if noisy else ""
         yield f"Latency at batch {batch}: {change}.{doubt}"
+    costs = resect.block_costs(opened.model, blocks, opened.example(), ())
     flops, parameters = (costs.saved(quantity, plan.names) for quantity in ("flops", "parameters"))
     yield f"FLOPs: {-flops:+.1%}. Parameters: {-parameters:+.1%}."
     if opened.data is None:

@@ -118,10 +118,10 @@ def _now() -> float:
 
 
 def _summary(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Return the median of each stretch over the rounds, and its standard error.
+    """Return the median of each stretch over the rounds, brought to add up to the median pass, and its standard error.
 
     A round on a busy machine is slow as a whole, and says little of how stretches compare: it is brought to the pace
-    of the others first.
+    of the others first. Medians alone add up to less than a pass: in every pass some stretch or other is held up.
     """
     times = torch.tensor(rows, dtype=torch.float64)
     usual = times.median(dim=0).values
@@ -129,7 +129,9 @@ def _summary(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
     times = times / torch.where(pace > 0, pace, 1.0)[:, None]
     quartiles = [statistics.quantiles(column, n=4, method="inclusive") for column in times.T.tolist()]
     low, median, high = torch.tensor(quartiles, dtype=torch.float64).T
-    return median.clone(), (high - low) / _NORMAL * (torch.pi / 2 / len(rows)) ** 0.5
+    total = median.sum()
+    scale = statistics.median(times.sum(dim=1).tolist()) / total if total > 0 else 1.0
+    return median * scale, scale * (high - low) / _NORMAL * (torch.pi / 2 / len(rows)) ** 0.5
 
 
 def _groups(unseen: list[bool]) -> list[list[int]]:
