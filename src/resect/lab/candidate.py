@@ -23,7 +23,7 @@ from resect.errors import InputError
 from resect.shrink.costs import BlockCosts, without
 from resect.shrink.ranking import Ranking
 
-Times = dict[str, dict[str, tuple[float, float]]]
+Times = dict[str, dict[str, list[float]]]
 """By batch size, of the ``whole`` and of the ``cut`` network: ms, and ±, the half-width of their 95 % interval."""
 _TRIES = 8
 
@@ -44,11 +44,11 @@ def measured(
     return found
 
 
-def _middle(seconds: list[float]) -> tuple[float, float]:
+def _middle(seconds: list[float]) -> list[float]:
     """The median in ms, and the half-width of its 95 % interval, from the quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     error = (high - low) / 1.349 * (torch.pi / 2 / len(seconds)) ** 0.5
-    return 1e3 * median, 1e3 * 1.96 * error
+    return [1e3 * median, 1e3 * 1.96 * error]
 
 
 def saved(times: Times) -> float:
