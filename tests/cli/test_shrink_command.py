@@ -12,6 +12,7 @@ from resect.cli.words import in_options
 from resect.lab import recipe
 from resect.lab.open import open_model
 from resect.lab.trainer import train
+from resect.report.costs import eager
 
 CHANGES = ["model.name=cifar-preresnet-14", "model.options={widths = [4, 4, 8]}", "train.epochs=1"]
 
@@ -44,6 +45,7 @@ def evidence(folder):
         (["--blocks", "2", "--by", "random", "--search", "greedy"], ["changes nothing of --by random"]),
         (["--blocks", "2", "--by", "size", "--search", "beam"], ["--search beam compares", "goes with --by lesion"]),
         (["--names", "a", "--out", "cut", "--report", "cut"], ["--report cut is --out, too"]),
+        (["--names", "a", "--from-scratch"], ["--from-scratch is a row of the report: add --report FOLDER"]),
         (["--names", "a", "--report", "full"], ["--report: 'full' holds 'thesis.tex', not written here"]),
         (["--names", "a", "--out", "full"], ["--out: full holds 'thesis.tex' already"]),
         (["--names", "a", "--out", "full/thesis.tex"], ["--out: full/thesis.tex is a file"]),
@@ -154,3 +156,20 @@ def test_the_librarys_arguments_become_options():
     ):
         assert in_options(said, options) == meant
     assert in_options("n=3", {}) == "n=3"
+
+
+def test_the_report_shows_the_shape_from_scratch(resect, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("resect.lab.shrink_report.usable", lambda model, example: ({"eager": eager}, {}))
+    places = ["--out", str(tmp_path / "cut"), "--report", str(tmp_path / "report"), "--from-scratch"]
+    code, _, err = resect("shrink", run, "--blocks", "2", "--by", "last", *places)
+    assert code == 0, err
+    table = json.loads((tmp_path / "report" / "report.json").read_text())["sections"][0]["table"]
+    assert [row["net"] for row in table] == ["uncut", "from scratch", "cut"]
+    scratch = open_model(str(tmp_path / "cut-from-scratch")).model
+    assert sum(p.numel() for p in scratch.parameters()) == table[1]["parameters"] == table[2]["parameters"]
+    assert table[1]["error (%)"] != table[2]["error (%)"]
+
+    other = ["--names", "layer1.1", "--data", "digits", "--out", str(tmp_path / "other"), *places[2:]]
+    code, _, err = resect("shrink", "cifar-preresnet-14", *other)
+    assert code == 1
+    assert "trains by the recipe of a run" in err

@@ -32,6 +32,11 @@ _RECOVER_BY = typer.Option(
     "features on --limit samples, no labels",
 )
 _ROUNDS = typer.Option("--rounds", min=1, help="cut --blocks in so many rounds, and recover after each")
+_SCRATCH = typer.Option(
+    "--from-scratch",
+    help="for the report, also train the shape that is left from new weights, by the run's recipe and for as long, "
+    "into OUT-from-scratch",
+)
 _UNIT = typer.Option(help="block or layer; default: layer where layers hold several blocks")
 
 
@@ -71,6 +76,7 @@ def shrink(
     rounds: Annotated[int, _ROUNDS] = 1,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
     report: Annotated[Path | None, typer.Option(help="also write a report with figures to this folder")] = None,
+    scratch: Annotated[bool, _SCRATCH] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="say what to expect; cut and write nothing")] = False,
 ) -> None:
     """Cut blocks out of a trained model for good, prove that nothing else changed, and save it.
@@ -97,12 +103,14 @@ def shrink(
 
     wishes = read_wishes(
         fewer=fewer, target_latency=target_latency, keep=keep, names=names, plan=plan, out=to, export=export,
-        report=report, dry=dry, n=n, at_most_worse=at_most_worse, by=by, search=search, unit=unit, limit=limit,
-        replace=replace, compact=compact, recover=recover, recover_by=recover_by, rounds=rounds,
+        report=report, scratch=scratch, dry=dry, n=n, at_most_worse=at_most_worse, by=by, search=search, unit=unit,
+        limit=limit, replace=replace, compact=compact, recover=recover, recover_by=recover_by, rounds=rounds,
     )  # fmt: skip
     opened = open_model(model, option or (), data, data_option or ())
     if report and (opened.data is None or isinstance(opened.data, TextData)):
         raise InputError("--report is of test images: name some with --data, or leave it out.")
+    if scratch and opened.recipe is None:
+        raise InputError(f"--from-scratch trains by the recipe of a run, and {opened.name} comes without one.")
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
     warned_of_random(opened)
@@ -135,18 +143,17 @@ def shrink(
     if export:
         out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
     if report:
+        from resect.lab.scratch import from_scratch
         from resect.lab.shrink_report import shrink_report
 
         with progress_bar(err) as display:
+            gone = gone_now(opened.model, blocks, small)
+            nets = {}
+            if scratch and opened.recipe is not None:
+                folder = to.with_name(f"{to.name}-from-scratch")
+                tell = display.training("from scratch", opened.recipe.train.batch_size)
+                nets["from scratch"] = from_scratch(opened.recipe, gone, folder, tell)
+            nets[f"cut, then {theme.plural(wishes.epochs, 'epoch')}" if recover else "cut"] = small
             costs = costs_of(opened, blocks)
-            name = f"cut, then {theme.plural(wishes.epochs, 'epoch')}" if recover else "cut"
-            page = shrink_report(
-                report,
-                opened,
-                blocks,
-                gone_now(opened.model, blocks, small),
-                {name: small},
-                block_costs=costs,
-                say=display.steps,
-            )
+            page = shrink_report(report, opened, blocks, gone, nets, block_costs=costs, say=display.steps)
         out.print(f"The report is {page}.")

@@ -51,7 +51,7 @@ def shrink_report(
     Args:
         opened: the uncut net, with images.
         plan: what was cut.
-        nets: what came of it, in the order to show: "cut", "recovered", "from scratch".
+        nets: what came of it, in the order to show: "from scratch", "cut", "recovered". Titles are about the last.
         ranking: the choice, for its curve; without it the curve is of the plan's blocks, by and by, lowest score first.
         block_costs: measured milliseconds of blocks; without them the curves are against FLOPs alone.
         batch: of the milliseconds of the curves, one that ``block_costs`` holds.

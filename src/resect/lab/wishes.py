@@ -72,6 +72,7 @@ def read_wishes(
     out: Path | None = None,
     export: Path | None = None,
     report: Path | None = None,
+    scratch: bool = False,
     dry: bool = False,
     **others: Any,
 ) -> Wishes:
@@ -83,6 +84,8 @@ def read_wishes(
     parts = None if names is None else _listed(names)
     wishes = Wishes(fewer=shares, keep=_listed(keep), names=parts, **others)
     wrong += [*_choice(wishes, plan is not None), *_recovery(wishes), *_places(out, export, report, dry)]
+    if scratch and report is None:
+        wrong.append("--from-scratch is a row of the report: add --report FOLDER.")
     if plan is not None:
         try:
             wishes = replace(wishes, plan=Plan.load(plan / "plan.json" if plan.is_dir() else plan))
