@@ -50,6 +50,8 @@ def evidence(folder):
         (["--names", "a", "--out", "full"], ["--out: full holds 'thesis.tex' already"]),
         (["--names", "a", "--out", "full/thesis.tex"], ["--out: full/thesis.tex is a file"]),
         (["--names", "a", "--export", "a.onnx"], ["--export: 'a.onnx' is a folder"]),
+        (["--names", "a", "--out", "full/thesis.tex/cut"], ["full/thesis.tex is no folder that may be written to"]),
+        (["--names", "a", "--export", "full/thesis.tex/a.pt2"], ["--export: full/thesis.tex/a.pt2 cannot be written"]),
     ],
 )
 def test_what_needs_no_model_is_told_together_before_one_is_opened(resect, tmp_path, arguments, messages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,6 +157,11 @@ def _recovery(wishes: Wishes) -> Iterator[str]:
 
 def _places(out: Path | None, export: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
     """Say what is wrong with the places to write to; a dry run writes nothing."""
+    for option, place in (("--out", out), ("--report", report), ("--export", export)):
+        if place is not None and not dry:
+            above = next(folder for folder in place.absolute().parents if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                yield f"{option}: {place} cannot be written, as {above} is no folder that may be written to."
     if out is None and not dry:
         yield "Where shall the cut model go? Give --out FOLDER, or --dry-run to see what to expect."
     if out is not None and not dry:
