@@ -171,6 +171,10 @@ def test_the_report_shows_the_shape_from_scratch(resect, run, tmp_path, monkeypa
     assert sum(p.numel() for p in scratch.parameters()) == table[1]["parameters"] == table[2]["parameters"]
     assert table[1]["error (%)"] != table[2]["error (%)"]
 
+    code, _, err = resect("shrink", run, "--names", "layer1.1", "--out", str(tmp_path / "cut"), *places[2:])
+    assert code == 1
+    assert "cut-from-scratch is there already" in err
+
     other = ["--names", "layer1.1", "--data", "digits", "--out", str(tmp_path / "other"), *places[2:]]
     code, _, err = resect("shrink", "cifar-preresnet-14", *other)
     assert code == 1

@@ -143,16 +143,15 @@ def shrink(
     if export:
         out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
     if report:
-        from resect.lab.scratch import from_scratch
+        from resect.lab.scratch import from_scratch, scratch_folder
         from resect.lab.shrink_report import shrink_report
 
         with progress_bar(err) as display:
             gone = gone_now(opened.model, blocks, small)
             nets = {}
             if scratch and opened.recipe is not None:
-                folder = to.with_name(f"{to.name}-from-scratch")
                 tell = display.training("from scratch", opened.recipe.train.batch_size)
-                nets["from scratch"] = from_scratch(opened.recipe, gone, folder, tell)
+                nets["from scratch"] = from_scratch(opened.recipe, gone, scratch_folder(to), tell)
             nets[f"cut, then {theme.plural(wishes.epochs, 'epoch')}" if recover else "cut"] = small
             costs = costs_of(opened, blocks)
             page = shrink_report(report, opened, blocks, gone, nets, block_costs=costs, say=display.steps)

@@ -16,14 +16,19 @@ from resect.lab.recipe import Recipe, parse
 from resect.lab.trainer import train
 
 
+def scratch_folder(cut: Path) -> Path:
+    """Where the run of a cut model's shape goes: beside the cut model."""
+    return cut.with_name(f"{cut.name}-from-scratch")
+
+
 def from_scratch(recipe: Recipe, plan: Plan, folder: Path, progress: Tell | None = None) -> nn.Module:
-    """Train the recipe's net without the plan's blocks into ``folder``, or go on there; returns it in eval mode.
+    """Train the recipe's net without the plan's blocks into ``folder``, a new one; returns it in eval mode.
 
     As long as the recipe says, from its seed, without its method, teacher or start.
     """
     tables = recipe.dump()
     plain = parse(tables | {"method": None, "distill": None, "model": tables["model"] | {"start": None}})
-    return train(plain, folder, model=cut_shape(plain, plan), resume=True, progress=progress).model.eval()
+    return train(plain, folder, model=cut_shape(plain, plan), progress=progress).model.eval()
 
 
 def cut_shape(recipe: Recipe, plan: Plan) -> nn.Module:

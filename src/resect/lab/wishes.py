@@ -13,6 +13,7 @@ from resect.blocks.plan import Plan
 from resect.errors import InputError, ResectError, check_all, quoted
 from resect.files import check_place
 from resect.integrations.export import format_of
+from resect.lab.scratch import scratch_folder
 from resect.lab.shrink_report import OWN
 from resect.shrink.costs import share_mistakes
 from resect.shrink.rank import option_mistakes
@@ -85,8 +86,7 @@ def read_wishes(
     parts = None if names is None else _listed(names)
     wishes = Wishes(fewer=shares, keep=_listed(keep), names=parts, **others)
     wrong += [*_choice(wishes, plan is not None), *_recovery(wishes), *_places(out, export, report, dry)]
-    if scratch and report is None:
-        wrong.append("--from-scratch is a row of the report: add --report FOLDER.")
+    wrong += _scratch(out, report, dry) if scratch else []
     if plan is not None:
         try:
             wishes = replace(wishes, plan=Plan.load(plan / "plan.json" if plan.is_dir() else plan))
@@ -153,6 +153,13 @@ def _recovery(wishes: Wishes) -> Iterator[str]:
         yield f"--rounds {wishes.rounds} is more than --blocks {wishes.n}: every round cuts at least one."
     if wishes.replace:
         yield "--rounds and --replace do not go together: leave one of them out."
+
+
+def _scratch(out: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
+    if report is None:
+        yield "--from-scratch is a row of the report: add --report FOLDER."
+    if out is not None and not dry and scratch_folder(out).exists():
+        yield f"--from-scratch: {scratch_folder(out)} is there already: choose another --out, or delete it."
 
 
 def _places(out: Path | None, export: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
