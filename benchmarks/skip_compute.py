@@ -49,6 +49,11 @@ def shallow(batch: int) -> bool:
     return batch <= 2 * QUICK
 
 
+def label(name: str, batch: int) -> str:
+    """The name of the net that was run."""
+    return {"resnet50": "resnet26", "vit_tiny": "vit_tiny_4", "resnet56": "resnet20"}[name] if shallow(batch) else name
+
+
 def resnet50(batch: int) -> Made:
     name = "resnet26" if shallow(batch) else "resnet50"
     return timm.create_model(name, num_classes=10), torch.randn(batch, 3, 64, 64)
@@ -211,7 +216,8 @@ def compiled_part(result: dict[str, object], batch: int, rounds: int) -> bool:
 
 def batch_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     worst: list[float] = []
-    for name, make in NETS.items():
+    for net, make in NETS.items():
+        name = label(net, batch)
         found, apart = batch_mode(*make(batch), rounds)
         quarters = shown(f"{name}: half the blocks closed, over the smaller net", found, "×", holds(found, BATCH))
         result[f"batch_over_ideal_{name}"] = quarters
@@ -226,8 +232,9 @@ def batch_part(result: dict[str, object], batch: int, rounds: int) -> bool:
 
 def pair_part(result: dict[str, object], batch: int, rounds: int) -> bool:
     worst: list[float] = []
-    for name in ("resnet56", "vit_tiny"):
-        found = pair_of_steps(*NETS[name](batch), rounds)
+    for net in ("resnet56", "vit_tiny"):
+        name = label(net, batch)
+        found = pair_of_steps(*NETS[net](batch), rounds)
         result[f"pair_over_model_{name}"] = shown(
             f"{name}: a pair of ResidualDroppath steps, over the model", found, "×", holds(found, PAIR)
         )
@@ -237,11 +244,11 @@ def pair_part(result: dict[str, object], batch: int, rounds: int) -> bool:
 
 
 def sample_part(result: dict[str, object], batch: int, rounds: int) -> bool:
-    found = sample_mode(*vit_tiny(2 * batch), rounds)
-    shown("vit_tiny: only the samples kept at 0.4, over plain", found["over_plain"], "×", True)
+    name, found = label("vit_tiny", 2 * batch), sample_mode(*vit_tiny(2 * batch), rounds)
+    shown(f"{name}: only the samples kept at 0.4, over plain", found["over_plain"], "×", True)
     good = holds(found["over_ideal"], SAMPLE)
-    shown("vit_tiny: only the samples kept at 0.4, over ideal", found["over_ideal"], "×", good)
-    shown("vit_tiny: memory kept for the backward pass, over ideal", found["memory_over_ideal"], "×", True)
+    shown(f"{name}: only the samples kept at 0.4, over ideal", found["over_ideal"], "×", good)
+    shown(f"{name}: memory kept for the backward pass, over ideal", found["memory_over_ideal"], "×", True)
     result["sample_over_ideal"] = round(statistics.median(found["over_ideal"]), 4)
     result["sample_memory_over_ideal"] = round(found["memory_over_ideal"][0], 4)
     return good
