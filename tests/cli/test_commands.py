@@ -71,7 +71,7 @@ def test_the_steps_alone(resect, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # as much time in every block as in all the rest: no test is of real time
         patch.setattr("resect.shrink.costs.timed", alike)
         took = {"whole": (7.0, 0.0), "cut": (5.0, 0.0)}
-        patch.setattr("resect.lab.choosing.measured", lambda *given: {str(batch): took for batch in given[4]})
+        patch.setattr("resect.lab.shrink.choosing.measured", lambda *given: {str(batch): took for batch in given[4]})
         code, out, err = resect("shrink", "runs/a", *arguments)
     assert code == 0, err
     assert "2 residual blocks to go" in out

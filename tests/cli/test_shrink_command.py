@@ -84,8 +84,8 @@ def test_what_the_model_cannot_be_asked_for_is_told_before_the_work(resect, run,
     def works(*_, **__):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("resect.lab.cutting.cut", works)
-    monkeypatch.setattr("resect.lab.choosing.by_rank", works)
+    monkeypatch.setattr("resect.lab.shrink.cutting.cut", works)
+    monkeypatch.setattr("resect.lab.shrink.choosing.by_rank", works)
     blocks, given = ["--blocks", "6"], ["--limit", "32", "--out", "cut"]
     for arguments, message in (
         ([*blocks, "--keep", "layer1.0,layer9"], "--keep: Unknown residual block 'layer9'"),
@@ -161,7 +161,7 @@ def test_the_librarys_arguments_become_options():
 
 
 def test_the_report_shows_the_shape_from_scratch(resect, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("resect.lab.shrink_report.usable", lambda model, example: ({"eager": eager}, {}))
+    monkeypatch.setattr("resect.lab.shrink.report.usable", lambda model, example: ({"eager": eager}, {}))
     places = ["--out", str(tmp_path / "cut"), "--report", str(tmp_path / "report"), "--from-scratch"]
     code, _, err = resect("shrink", run, "--blocks", "2", "--by", "last", *places)
     assert code == 0, err

@@ -10,7 +10,7 @@ from torch import nn
 
 import resect
 from resect.errors import InputError
-from resect.lab.candidate import measured, meeting, saved
+from resect.lab.shrink.candidate import measured, meeting, saved
 
 
 class Ladder:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import resect
-from resect.lab import demo, recipe, runs, speed
-from resect.lab.crossval import differences
+from resect.lab import recipe, runs
+from resect.lab.demo import run as demo
+from resect.lab.demo import speed
+from resect.lab.demo.crossval import differences
 from resect.lab.reuse import spiral_rows
 from resect.lab.spiral import Setting
 from resect.report.html import redraw

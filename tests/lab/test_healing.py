@@ -10,8 +10,8 @@ import resect
 from resect.errors import FileError, InputError
 from resect.lab import recipe, runs
 from resect.lab.open import open_model, save_cut
-from resect.lab.recovering import recover
 from resect.lab.scratch import from_scratch
+from resect.lab.shrink.recovering import recover
 from resect.lab.trainer import train
 
 

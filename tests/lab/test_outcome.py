@@ -8,9 +8,9 @@ import pytest
 
 import resect
 from resect.blocks.measure import measure_closed
-from resect.lab.choosing import expected
 from resect.lab.open import open_model
-from resect.lab.outcome import cost_told, outcome
+from resect.lab.shrink.choosing import expected
+from resect.lab.shrink.outcome import cost_told, outcome
 
 
 def test_perplexity_is_that_of_the_closed_model(tmp_path):

@@ -5,9 +5,10 @@ import torch
 from tiny_runs import tiny
 
 import resect
-from resect.lab import runs, shrink_report
+from resect.lab import runs
 from resect.lab.data import open_data
 from resect.lab.open import Opened
+from resect.lab.shrink import report as shrink_report
 from resect.report.costs import eager
 from resect.report.rows import read_rows
 from resect.report.schema import COLUMNS

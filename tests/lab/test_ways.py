@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from resect.lab import ways
+from resect.lab.shrink import ways
 from resect.report.costs import eager
 
 

@@ -84,8 +84,7 @@ def _show(name: str, blocks: Blocks, of: int) -> None:
 
 def _draw(name: str, blocks: Blocks, to: Path) -> None:
     """Draw the chain of blocks into a file."""
-    from resect.lab.speed import chain_rows
-    from resect.report.chain import chain
+    from resect.report.chain import chain, chain_rows
     from resect.report.figures import save_as
 
     if not blocks:

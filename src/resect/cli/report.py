@@ -41,8 +41,8 @@ def demo(
 
     Example: [bold]resect demo --out my-report[/bold]
     """
-    from resect.lab.crossval import cross_validate
-    from resect.lab.demo import demo as run
+    from resect.lab.demo.crossval import cross_validate
+    from resect.lab.demo.run import demo as run
     from resect.lab.display import progress_bar
 
     with progress_bar(err) as display:

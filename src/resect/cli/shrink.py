@@ -92,13 +92,13 @@ def shrink(
     Faster by 30 %: [bold]resect shrink runs/vit --target-latency 0.7 --search greedy --dry-run[/bold]
     """
     import resect
-    from resect.lab.choosing import check_fit, choose_plan, costs_of, expected
-    from resect.lab.cutting import cut, cut_in_rounds
     from resect.lab.display import progress_bar
     from resect.lab.open import open_model, save_cut
-    from resect.lab.outcome import gone_now, outcome, record, told
+    from resect.lab.shrink.choosing import check_fit, choose_plan, costs_of, expected
+    from resect.lab.shrink.cutting import cut, cut_in_rounds
+    from resect.lab.shrink.outcome import gone_now, outcome, record, told
+    from resect.lab.shrink.wishes import read_wishes
     from resect.lab.text import TextData
-    from resect.lab.wishes import read_wishes
     from resect.report import theme
 
     wishes = read_wishes(
@@ -144,7 +144,7 @@ def shrink(
         out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
     if report:
         from resect.lab.scratch import from_scratch, scratch_folder
-        from resect.lab.shrink_report import shrink_report
+        from resect.lab.shrink.report import shrink_report
 
         with progress_bar(err) as display:
             gone = gone_now(opened.model, blocks, small)

@@ -8,13 +8,32 @@ from typing import Any
 
 import altair as alt
 
+from resect.blocks.block import Blocks
 from resect.blocks.choose import layer_of
+from resect.blocks.show import part_name
 from resect.report import theme
 from resect.report.schema import clean_rows
 from resect.report.theme import AMBER, BLUE, FAINT, GREEN, INK, PURPLE, SKY, SOFT, VERMILION, WIDTH
 
 PARTS = {"conv": BLUE, "attention": VERMILION, "MLP": GREEN}
 STEM, TOP = 14, 96  # px: from the line up to the foot of a box; height of the tallest box
+
+
+def chain_rows(model: str, blocks: Blocks) -> list[dict[str, Any]]:
+    """Return one row per block for the picture of the chain."""
+    return [
+        {
+            "model": model,
+            "index": block.index,
+            "name": block.name,
+            "owner": block.owner or block.name,
+            "part": part_name(block.part),
+            "shortcut": block.shortcut,
+            "parameters": block.parameters,
+            "stage": block.stage,
+        }
+        for block in blocks
+    ]
 
 
 def _stage(row: dict[str, Any]) -> Any:

@@ -18,8 +18,8 @@ from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.lab.evaluate import evaluate
 from resect.lab.open import Opened
+from resect.lab.shrink.wishes import Wishes
 from resect.lab.text import TextData
-from resect.lab.wishes import Wishes
 from resect.report import theme
 from resect.shrink.history import COMPACT, RECOVERED, REPLACED, original
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from resect.analyse.gradients import PathGradients
 from resect.lab import reuse
-from resect.lab.findings import Findings
+from resect.lab.demo.findings import Findings
 from resect.report.html import Section
 
 NAMES = {

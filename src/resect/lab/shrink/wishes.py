@@ -14,7 +14,7 @@ from resect.errors import InputError, ResectError, check_all, quoted
 from resect.files import check_place
 from resect.integrations.export import format_of
 from resect.lab.scratch import scratch_folder
-from resect.lab.shrink_report import OWN
+from resect.lab.shrink.report import OWN
 from resect.shrink.costs import share_mistakes
 from resect.shrink.rank import option_mistakes
 from resect.shrink.ranking import CONTROLS

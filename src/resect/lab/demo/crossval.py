@@ -15,8 +15,8 @@ from resect.lab import recipe as recipes
 from resect.lab import runs
 from resect.lab.config.method import EpsilonGateConfig
 from resect.lab.data import mean_std, normalize
+from resect.lab.demo.findings import Display
 from resect.lab.evaluate import evaluate
-from resect.lab.findings import Display
 from resect.lab.jobs import Job, pool
 from resect.report.cost import count_parameters
 from resect.report.html import Section, write_report

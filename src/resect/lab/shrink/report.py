@@ -16,8 +16,8 @@ from resect.blocks.plan import Plan
 from resect.files import whole_folder
 from resect.lab.evaluate import evaluate
 from resect.lab.open import Opened
-from resect.lab.speed import chain_rows
-from resect.lab.ways import usable
+from resect.lab.shrink.ways import usable
+from resect.report.chain import chain_rows
 from resect.report.cost import count_flops
 from resect.report.costs import costs
 from resect.report.html import Section, write_data, write_report

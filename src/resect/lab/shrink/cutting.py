@@ -11,11 +11,11 @@ from torch import nn
 import resect
 from resect.blocks.block import Blocks
 from resect.blocks.plan import Plan
-from resect.lab.choosing import by_rank
 from resect.lab.display import Bars
 from resect.lab.open import Opened
-from resect.lab.recovering import recover
-from resect.lab.wishes import Wishes
+from resect.lab.shrink.choosing import by_rank
+from resect.lab.shrink.recovering import recover
+from resect.lab.shrink.wishes import Wishes
 from resect.shrink.rank import units_of
 
 

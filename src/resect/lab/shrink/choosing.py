@@ -15,11 +15,11 @@ from resect.blocks.example import forward_batch
 from resect.blocks.measure import measure_closed
 from resect.blocks.plan import Plan
 from resect.errors import InputError, check_all
-from resect.lab.candidate import Times, measured, meeting
 from resect.lab.display import Bars
 from resect.lab.open import Opened
+from resect.lab.shrink.candidate import Times, measured, meeting
+from resect.lab.shrink.wishes import Wishes
 from resect.lab.text import TextData
-from resect.lab.wishes import Wishes
 from resect.shrink.costs import BlockCosts
 from resect.shrink.rank import units_of
 from resect.shrink.ranking import CONTROLS, meant

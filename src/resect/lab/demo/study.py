@@ -7,10 +7,11 @@ from functools import partial
 from torch import nn
 
 import resect
-from resect.lab import runs, story
+from resect.lab import runs
 from resect.lab.contrast import delete_each_layer
 from resect.lab.data import in_batches
-from resect.lab.findings import Display, Findings, Nets
+from resect.lab.demo import story
+from resect.lab.demo.findings import Display, Findings, Nets
 
 
 def study_plain(nets: Nets, found: Findings, display: Display) -> None:

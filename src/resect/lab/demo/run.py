@@ -12,16 +12,17 @@ import resect
 from resect.blocks.plan import Plan
 from resect.files import whole_folder
 from resect.lab import recipe as recipes
-from resect.lab import runs, story
+from resect.lab import runs
 from resect.lab.data import ImageData, mean_std, normalize
 from resect.lab.data import load as load_data
-from resect.lab.findings import Display, Findings, Nets
+from resect.lab.demo import story
+from resect.lab.demo.findings import Display, Findings, Nets
+from resect.lab.demo.speed import measure_speed
+from resect.lab.demo.study import study_contrasts, study_plain
+from resect.lab.demo.weigh import cut_and_prove
 from resect.lab.jobs import Job, pool
 from resect.lab.recipe import Recipe
 from resect.lab.reuse import spiral_rows
-from resect.lab.speed import measure_speed
-from resect.lab.study import study_contrasts, study_plain
-from resect.lab.weigh import cut_and_prove
 from resect.report.html import write_data, write_report
 from resect.report.provenance import provenance
 

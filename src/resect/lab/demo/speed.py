@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import resect
 from resect.blocks.block import Blocks
-from resect.blocks.show import part_name
 from resect.lab import registry
-from resect.lab.findings import Display, Findings
+from resect.lab.demo.findings import Display, Findings
+from resect.report.chain import chain_rows
 from resect.report.cost import latency
 
 SPEED_MODELS = ("timm:resnet50", "timm:vit_small_patch16_224")
@@ -48,20 +48,3 @@ def measure_speed(found: Findings, display: Display) -> None:
         speed += [row | {"model": name.partition(":")[2], "batch": 1} for row in rows]
     display.steps("models timed", len(SPEED_MODELS), len(SPEED_MODELS))
     found.figures["chain"], found.figures["speed"] = chain, speed
-
-
-def chain_rows(model: str, blocks: Blocks) -> list[dict[str, Any]]:
-    """Return one row per block for the picture of the chain."""
-    return [
-        {
-            "model": model,
-            "index": block.index,
-            "name": block.name,
-            "owner": block.owner or block.name,
-            "part": part_name(block.part),
-            "shortcut": block.shortcut,
-            "parameters": block.parameters,
-            "stage": block.stage,
-        }
-        for block in blocks
-    ]

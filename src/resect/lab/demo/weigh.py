@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import resect
-from resect.lab import runs, story
+from resect.lab import runs
+from resect.lab.demo import story
+from resect.lab.demo.findings import Findings, Nets
+from resect.lab.demo.proof import compare_with_gated
 from resect.lab.evaluate import evaluate
-from resect.lab.findings import Findings, Nets
-from resect.lab.proof import compare_with_gated
 from resect.lab.scratch import cut_shape
 from resect.report.cost import count_flops, count_parameters, latency
 
