@@ -125,6 +125,7 @@ class Nets:
             **{f"random {seed}": partial(self.cut, "random", seed=seed) for seed in range(draws)},
             "few: recoverability": lambda: self.mimicked(self.cut("recoverability")),
             "few: greedy lesion": lambda: self.mimicked(self.cut("lesion", search="greedy")),
+            "few: as fast as Torch-Pruning": lambda: self.mimicked(self.as_fast_as_peer()),
             "few: Torch-Pruning": lambda: self.mimicked(self.peer(), at=last_linear(self.model)),
         }
 
