@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import resect as package
 from resect.cli.words import in_options
 from resect.lab import recipe
+from resect.lab.display import Bars
 from resect.lab.open import open_model
 from resect.lab.trainer import train
 from resect.report.costs import eager
@@ -38,6 +40,7 @@ def evidence(folder):
         ),
         (["--recover-by", "mimic", "--names", "a"], ["nothing how long: add --recover EPOCHS"]),
         (["--rounds", "2", "--blocks", "2"], ["nothing heals: add --recover"]),
+        (["--resume", "--names", "a"], ["there is none: add --recover EPOCHS"]),
         (["--rounds", "3", "--blocks", "2", "--recover", "1"], ["--rounds 3 is more than --blocks 2"]),
         (["--rounds", "2", "--names", "a", "--recover", "1"], ["it goes with --blocks N"]),
         (["--rounds", "2", "--blocks", "2", "--fewer", "flops=0.1", "--recover", "1"], ["without other wishes"]),
@@ -84,7 +87,7 @@ def test_what_the_model_cannot_be_asked_for_is_told_before_the_work(resect, run,
     def works(*_, **__):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("resect.lab.shrink.cutting.cut", works)
+    monkeypatch.setattr("resect.remove", works)
     monkeypatch.setattr("resect.lab.shrink.choosing.by_rank", works)
     blocks, given = ["--blocks", "6"], ["--limit", "32", "--out", "cut"]
     for arguments, message in (
@@ -143,6 +146,49 @@ def test_cut_a_little_heal_and_again_by_mimicking_then_compactly(resect, run, tm
     assert code == 0, err
     assert "compact" not in evidence(tmp_path / "cut3")
     assert len(open_model(str(tmp_path / "cut3")).model.layer1) == 2
+
+
+def test_a_cut_that_is_refused_leaves_nothing_to_go_on_with(resect, run, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise package.InputError("This cannot be cut.")
+
+    monkeypatch.setattr("resect.remove", refused)
+    code, _, err = resect("shrink", run, "--names", "layer1.0", "--recover", "1", "--out", "cut")
+    assert code == 1
+    assert "This cannot be cut." in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("calls", [5, 27], ids=["in the first round", "in the second"])
+def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(resect, run, tmp_path, monkeypatch, calls):
+    asked = ["shrink", run, "--blocks", "4", "--by", "size", "--rounds", "2", "--recover", "1", "--compact", "--out"]
+    assert resect(*asked, "whole")[0] == 0
+    count, steps = [0], Bars.steps
+
+    def stopping(self, name, done, total):
+        steps(self, name, done, total)
+        count[0] += name == "recovered"
+        if count[0] == calls:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Bars, "steps", stopping)
+    code, _, told = resect(*asked, "parts")
+    assert code == 130
+    assert "The same command with --resume goes on from there." in told
+    assert not (tmp_path / "parts").exists()
+
+    code, _, told = resect(*asked, "parts")
+    assert code == 1
+    assert "parts-unfinished holds a recovery that was stopped: go on with --resume" in told
+    code, _, told = resect(*asked, "parts", "--resume", "--limit", "500")
+    assert code == 1
+    assert "limit was 1000, and is 500" in told
+
+    monkeypatch.setattr(Bars, "steps", steps)
+    assert resect(*asked, "parts", "--resume")[0] == 0
+    assert not (tmp_path / "parts-unfinished").exists()
+    for file in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_the_librarys_arguments_become_options():

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from resect.cli.common import Data, DataOptions, Model, Options, app, err, need_blocks, out, warned_of_random
-from resect.errors import InputError
+from resect.errors import FileError, InputError, ResectError
 
 _FEWER = typer.Option("--fewer", help="the share to lose at least: latency=0.3,flops=0.2,parameters=0.1")
 _LATENCY = typer.Option(
@@ -37,6 +37,7 @@ _SCRATCH = typer.Option(
     help="for the report, also train the shape that is left from new weights, by the run's recipe and for as long, "
     "into OUT-from-scratch",
 )
+_RESUME = typer.Option("--resume", help="with the rest of a command whose recovery was stopped: go on from there")
 _UNIT = typer.Option(help="block or layer; default: layer where layers hold several blocks")
 
 
@@ -74,6 +75,7 @@ def shrink(
     ] = 0,
     recover_by: Annotated[Literal["distil", "mimic"] | None, _RECOVER_BY] = None,
     rounds: Annotated[int, _ROUNDS] = 1,
+    resume: Annotated[bool, _RESUME] = False,
     export: Annotated[Path | None, typer.Option(help="also write the cut model as FILE.onnx or FILE.pt2")] = None,
     report: Annotated[Path | None, typer.Option(help="also write a report with figures to this folder")] = None,
     scratch: Annotated[bool, _SCRATCH] = False,
@@ -93,10 +95,12 @@ def shrink(
     """
     import resect
     from resect.lab.display import progress_bar
+    from resect.lab.interrupt import Interrupted
     from resect.lab.open import open_model, save_cut
     from resect.lab.shrink.choosing import check_fit, choose_plan, costs_of, expected
     from resect.lab.shrink.cutting import cut, cut_in_rounds
     from resect.lab.shrink.outcome import gone_now, outcome, record, told
+    from resect.lab.shrink.unfinished import Unfinished
     from resect.lab.shrink.wishes import read_wishes
     from resect.lab.text import TextData
     from resect.report import theme
@@ -105,6 +109,7 @@ def shrink(
         fewer=fewer, target_latency=target_latency, keep=keep, names=names, plan=plan, out=to, export=export,
         report=report, scratch=scratch, dry=dry, n=n, at_most_worse=at_most_worse, by=by, search=search, unit=unit,
         limit=limit, replace=replace, compact=compact, recover=recover, recover_by=recover_by, rounds=rounds,
+        resume=resume,
     )  # fmt: skip
     opened = open_model(model, option or (), data, data_option or ())
     if report and (opened.data is None or isinstance(opened.data, TextData)):
@@ -129,14 +134,21 @@ def shrink(
             out.print("That is in one cut. In rounds, which blocks go is asked anew of what was healed.")
         out.print("A dry run: nothing was cut or written.")
         return
+    kept = Unfinished.of(to, opened, wishes)
     with progress_bar(err) as display:
-        if rounds > 1:
-            small = cut_in_rounds(opened, blocks, wishes, display, say)
-        else:
-            small = cut(opened, blocks, wishes, choose_plan(opened, blocks, wishes, display, say), display)
+        try:
+            small = (cut_in_rounds if rounds > 1 else cut)(opened, blocks, wishes, kept, display, say)
+        except Interrupted as stopped:
+            say(f"{stopped} The same command with --resume goes on from there.")
+            raise typer.Exit(130) from None
+        except ResectError as error:
+            if not isinstance(error, FileError):  # for want of space; else to go on would end here again
+                kept.done()
+            raise
     found = outcome(opened, small, limit)
     record(small, opened, found, wishes)
     save_cut(small, to, opened)
+    kept.done()
     for line in told(opened, blocks, small, found, wishes):
         out.print(line, highlight=False)
     out.print(f"The cut model is in {to}.")

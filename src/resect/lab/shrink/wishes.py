@@ -64,6 +64,11 @@ class Wishes:
         return self.recover * self.rounds
 
 
+def unfinished_folder(cut: Path) -> Path:
+    """Where a recovery that was stopped is kept: beside the cut model."""
+    return cut.with_name(f"{cut.name}-unfinished")
+
+
 def read_wishes(
     *,
     fewer: str = "",
@@ -76,6 +81,7 @@ def read_wishes(
     report: Path | None = None,
     scratch: bool = False,
     dry: bool = False,
+    resume: bool = False,
     **others: Any,
 ) -> Wishes:
     """Read ``latency=0.3,flops=0.2``, ``layer1.0,layer2.0``, the share of latency to be left, and the file of a plan.
@@ -87,6 +93,7 @@ def read_wishes(
     wishes = Wishes(fewer=shares, keep=_listed(keep), names=parts, **others)
     wrong += [*_choice(wishes, plan is not None), *_recovery(wishes), *_places(out, export, report, dry)]
     wrong += _scratch(out, report, dry) if scratch else []
+    wrong += _stopped(wishes, out, dry, resume)
     if plan is not None:
         try:
             wishes = replace(wishes, plan=Plan.load(plan / "plan.json" if plan.is_dir() else plan))
@@ -160,6 +167,16 @@ def _scratch(out: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
         yield "--from-scratch is a row of the report: add --report FOLDER."
     if out is not None and not dry and scratch_folder(out).exists():
         yield f"--from-scratch: {scratch_folder(out)} is there already: choose another --out, or delete it."
+
+
+def _stopped(wishes: Wishes, out: Path | None, dry: bool, resume: bool) -> Iterator[str]:
+    if resume and not wishes.recover:
+        yield "--resume goes on with a recovery that was stopped, and there is none: add --recover EPOCHS."
+    elif out is not None and not dry and not resume and wishes.recover and unfinished_folder(out).exists():
+        yield (
+            f"{unfinished_folder(out)} holds a recovery that was stopped: go on with --resume, choose another --out, "
+            "or delete it."
+        )
 
 
 def _places(out: Path | None, export: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
