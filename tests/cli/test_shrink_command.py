@@ -10,6 +10,7 @@ import torch
 
 import resect as package
 from resect.cli.words import in_options
+from resect.errors import InputError
 from resect.lab import recipe
 from resect.lab.display import Bars
 from resect.lab.open import open_model
@@ -150,7 +151,7 @@ def test_cut_a_little_heal_and_again_by_mimicking_then_compactly(resect, run, tm
 
 def test_a_cut_that_is_refused_leaves_nothing_to_go_on_with(resect, run, tmp_path, monkeypatch):
     def refused(*_, **__):
-        raise package.InputError("This cannot be cut.")
+        raise InputError("This cannot be cut.")
 
     monkeypatch.setattr("resect.remove", refused)
     code, _, err = resect("shrink", run, "--names", "layer1.0", "--recover", "1", "--out", "cut")

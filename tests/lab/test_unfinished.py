@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from tiny_runs import Stop, tiny
+from torch import nn
 
 import resect
 from resect.errors import FileError, InputError
@@ -28,9 +29,17 @@ def full(tmp_path_factory):
     return folder
 
 
+def with_dropout(folder):
+    """A net that draws random numbers of its own while it trains."""
+    found = open_model(str(folder))
+    found.model.fc = nn.Sequential(nn.Dropout(0.2), found.model.fc)
+    found.model.eval()
+    return found
+
+
 @pytest.fixture
 def opened(full):
-    return open_model(str(full))
+    return with_dropout(full)
 
 
 def cut(opened):
@@ -67,7 +76,7 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def healed(full):
     """The net that was never stopped, its loss, and the number of steps."""
-    opened, count = open_model(str(full)), []
+    opened, count = with_dropout(full), []
     net = cut(opened)
     loss = recover(net, opened, 2, progress=lambda done, total: count.append(total))
     return net, loss, count[-1]
@@ -77,8 +86,8 @@ def healed(full):
 def test_a_recovery_stopped_after_any_step_goes_on_to_the_bit(opened, healed, tmp_path, share):
     whole, loss, steps = healed
     step = max(1, round(share * steps))
+    stop = at(step, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match=f"after step {step} of {steps}"):
-        stop = at(step, lambda: signal.raise_signal(signal.SIGINT))
         recover(cut(opened), opened, 2, kept=begun(tmp_path / "cut", opened), progress=stop)
     left, net = [], cut(opened)
     found = recover(
@@ -136,7 +145,7 @@ def test_what_was_asked_otherwise_or_is_damaged_is_told(opened, tmp_path):
     assert "names was ['layer2.0'], and is ['layer3.0']" in str(told.value)
     assert "recover was 2, and is 3" in str(told.value)
     with torch.no_grad():
-        opened.model.fc.bias += 1
+        opened.model.fc[1].bias += 1
     with pytest.raises(InputError, match="weights was"):
         Unfinished.of(tmp_path / "cut", opened, WISHES)
     state = next(unfinished_folder(tmp_path / "cut").glob("*/state.json"))
@@ -158,7 +167,7 @@ def ruined_before(step, net):
     def progress(done, total):
         if done == step - 1:
             with torch.no_grad():
-                net.fc.weight.fill_(torch.inf)
+                net.fc[1].weight.fill_(torch.inf)
         if done == step:
             signal.raise_signal(signal.SIGINT)
 
