@@ -160,22 +160,31 @@ def test_a_cut_that_is_refused_leaves_nothing_to_go_on_with(resect, run, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("calls", [5, 27], ids=["in the first round", "in the second"])
-def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(resect, run, tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize(("rounds", "how"), [(0.2, "asked"), (1.2, "asked"), (1.2, "killed")])
+def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(
+    resect, run, tmp_path, monkeypatch, rounds, how
+):
     asked = ["shrink", run, "--blocks", "4", "--by", "size", "--rounds", "2", "--recover", "1", "--compact", "--out"]
-    assert resect(*asked, "whole")[0] == 0
-    count, steps = [0], Bars.steps
+    taken, steps, stop_at = [], Bars.steps, [0]
 
-    def stopping(self, name, done, total):
+    def counting(self, name, done, total):
         steps(self, name, done, total)
-        count[0] += name == "recovered"
-        if count[0] == calls:
+        if name == "recovered":
+            taken.append(total)
+        if stop_at[0] and len(taken) == stop_at[0]:
+            if how == "killed":
+                raise KeyboardInterrupt
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Bars, "steps", stopping)
+    monkeypatch.setattr(Bars, "steps", counting)
+    assert resect(*asked, "whole")[0] == 0
+    each = taken[0]
+    assert len(taken) == 2 * each
+    stop_at[0] = round(rounds * each)
+    taken.clear()
     code, _, told = resect(*asked, "parts")
     assert code == 130
-    assert "The same command with --resume goes on from there." in told
+    assert ("The same command with --resume goes on from there." in told) == (how == "asked")
     assert not (tmp_path / "parts").exists()
 
     code, _, told = resect(*asked, "parts")
@@ -185,8 +194,10 @@ def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(resect, 
     assert code == 1
     assert "limit was 1000, and is 500" in told
 
-    monkeypatch.setattr(Bars, "steps", steps)
+    before, stop_at[0] = stop_at[0], 0
+    taken.clear()
     assert resect(*asked, "parts", "--resume")[0] == 0
+    assert len(taken) == (2 * each - before if how == "asked" else each)
     assert not (tmp_path / "parts-unfinished").exists()
     for file in ("model.safetensors", "plan.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
