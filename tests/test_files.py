@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,22 @@ def test_unwritable_places_are_named(tmp_path):
         files.write_text(tmp_path / "file" / "a.json", "x")
     with pytest.raises(FileError, match="is not a folder"):
         write(tmp_path / "file" / "out", "x")
+
+
+def test_a_folder_that_one_is_in_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for place in (".", "..", tmp_path / "here"):
+        with pytest.raises(FileError, match="is the folder that you are in"), files.whole_folder(Path(place), own=()):
+            raise AssertionError
+    assert (tmp_path / "here" / "below").is_dir()
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with files.whole_folder(tmp_path / "out", own=("mark",)) as work:
+        (work / "mark").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "mark").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]

@@ -55,6 +55,8 @@ def check_place(path: Path, own: Sequence[str]) -> None:
     """Raise ``FileError`` where no folder can be put: a file, or a folder with more in it than the patterns ``own``."""
     if path.exists() and not path.is_dir():
         raise FileError(f"{str(path)!r} is a file. Choose another place.")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise FileError(f"{str(path)!r} is the folder that you are in, or one above it. Name one inside it.")
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)]
     if foreign:
@@ -70,6 +72,7 @@ def whole_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     ``own`` are patterns of the names it may hold: a folder with anything else in it is not replaced.
     """
     check_place(path, own)
+    path = path.resolve()  # a link stays one
     _make_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

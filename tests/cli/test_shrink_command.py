@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def evidence(folder):
         (["--blocks", "2", "--by", "random", "--search", "greedy"], ["changes nothing of --by random"]),
         (["--blocks", "2", "--by", "size", "--search", "beam"], ["--search beam compares", "goes with --by lesion"]),
         (["--names", "a", "--out", "cut", "--report", "cut"], ["--report cut is --out, too"]),
+        (["--names", "a", "--out", "r/cut", "--report", "r"], ["--out r/cut lies in --report r: give each a place"]),
+        (["--names", "a", "--export", "r/a.pt2", "--report", "r"], ["--export r/a.pt2 lies in --report r"]),
+        (["--names", "a", "--recover", "1", "--resume", "--out", "b"], ["'b-unfinished' holds 'notes', not written"]),
         (["--names", "a", "--from-scratch"], ["--from-scratch is a row of the report: add --report FOLDER"]),
         (["--names", "a", "--report", "full"], ["--report: 'full' holds 'thesis.tex', not written here"]),
         (["--names", "a", "--out", "full"], ["--out: full holds 'thesis.tex' already"]),
@@ -62,11 +66,22 @@ def test_what_needs_no_model_is_told_together_before_one_is_opened(resect, tmp_p
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "a.onnx").mkdir()
+    (tmp_path / "b-unfinished" / "notes").mkdir(parents=True)
     code, _, err = resect("shrink", "runs/nothing", *arguments)
     assert code == 1
     assert "There is no folder" not in err
     for message in messages:
         assert message in err.replace("\n", " ")
+
+
+def test_the_folder_one_is_in_is_no_place_for_a_cut(resect, tmp_path):
+    code, _, told = resect("shrink", "a", "--names", "b", "--recover", "1", "--out", ".")
+    assert code == 1
+    assert "--out: '.' is the folder that you are in" in told
+    (tmp_path / "thesis.tex").touch()
+    code, _, told = resect("shrink", "a", "--names", "b", "--recover", "1", "--out", ".")
+    assert code == 1
+    assert "--out: . holds 'thesis.tex' already" in told
 
 
 def test_an_earlier_cut_is_never_overwritten(resect, run, tmp_path):
@@ -160,7 +175,7 @@ def test_a_cut_that_is_refused_leaves_nothing_to_go_on_with(resect, run, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("rounds", "how"), [(0.2, "asked"), (1.2, "asked"), (1.2, "killed")])
+@pytest.mark.parametrize(("rounds", "how"), [(0.2, "asked"), (1, "asked"), (1.2, "asked"), (1.2, "killed")])
 def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(
     resect, run, tmp_path, monkeypatch, rounds, how
 ):
@@ -201,6 +216,32 @@ def test_a_recovery_in_rounds_that_is_stopped_goes_on_to_the_same_files(
     assert not (tmp_path / "parts-unfinished").exists()
     for file in ("model.safetensors", "plan.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_in_rounds_a_layer_of_which_one_block_is_kept_stays_whole(resect, tmp_path):
+    tiny = [word for size in ("img_size=8", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2")
+            for word in ("--option", size)]  # fmt: skip
+    wanted = ["--data", "digits", "--limit", "64", "--by", "last", "--rounds", "2", "--recover", "1"]
+    asked = ["shrink", "timm:vit_tiny_patch16_224", *tiny, *wanted, "--keep", "blocks.2/attn", "--out", "cut"]
+    code, _, told = resect(*asked, "--blocks", "4")
+    assert code == 1
+    assert "--blocks 4: there are 3 layers that may go" in told
+    assert resect(*asked, "--blocks", "2")[0] == 0
+    gone = {block["name"] for block in json.loads((tmp_path / "cut" / "plan.json").read_text())["blocks"]}
+    assert gone == {f"blocks.{layer}/{part}" for layer in (0, 1) for part in ("attn", "mlp")}
+
+
+def test_a_dry_run_measures_itself_whatever_a_plan_says(resect, run, tmp_path):
+    opened = open_model(run)
+    blocks = package.find_blocks(opened.model, opened.example())
+    told = {"measured_ms": {"1": {"whole": [999.0, 1.0], "cut": [1.0, 0.1]}}}
+    plan = package.Plan.of(blocks, ["layer1.0"])
+    replace(plan, evidence=told).save(tmp_path / "plan.json")
+    code, out, _ = resect("shrink", run, "--plan", "plan.json", "--dry-run", "--limit", "5000")
+    assert code == 0
+    assert "Latency at batch 1:" in out
+    assert "999.00" not in out
+    assert f"on {len(opened.images('train')[0])} training images, before recovery" in out.replace("\n", " ")
 
 
 def test_the_librarys_arguments_become_options():

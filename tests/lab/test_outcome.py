@@ -11,6 +11,7 @@ from resect.blocks.measure import measure_closed
 from resect.lab.open import open_model
 from resect.lab.shrink.choosing import expected
 from resect.lab.shrink.outcome import cost_told, outcome
+from resect.lab.shrink.wishes import Wishes
 
 
 def test_perplexity_is_that_of_the_closed_model(tmp_path):
@@ -43,5 +44,5 @@ def test_a_ruinous_cut_is_called_that(key, uncut, cut, ruined):
 @pytest.mark.parametrize(("half", "noisy"), [(0.3, False), (0.4, True)])
 def test_latency_that_is_mostly_noise_is_called_that(half, noisy):
     times = {"1": {"whole": (1.0, half), "cut": (1.0, half)}}
-    line = next(expected(SimpleNamespace(data=None), (), SimpleNamespace(evidence={"measured_ms": times}), 1))
+    line = next(expected(SimpleNamespace(data=None), (), SimpleNamespace(evidence={"measured_ms": times}), Wishes(n=1)))
     assert ("too noisy to say" in line) is noisy

@@ -19,7 +19,7 @@ def test_class_errors_by_hand() -> None:
     model.weight = torch.nn.Parameter(torch.zeros(1))  # for its device
     labels = torch.tensor([0, 0, 2, 2])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 2]), 3).float()
-    assert shrink_report.class_errors(model, logits, labels) == (0.25, [0.5, None, 0.0])
+    assert shrink_report.class_errors(model, logits, labels, 4) == (0.25, [0.5, None, 0.0, None])
 
 
 def test_the_report_of_a_cut(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

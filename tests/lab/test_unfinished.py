@@ -11,12 +11,14 @@ from torch import nn
 
 import resect
 from resect.errors import FileError, InputError
+from resect.lab.data import in_batches
 from resect.lab.interrupt import Interrupted
-from resect.lab.open import open_model
+from resect.lab.open import Opened, open_model
 from resect.lab.shrink import unfinished
+from resect.lab.shrink.places import unfinished_folder
 from resect.lab.shrink.recovering import recover
 from resect.lab.shrink.unfinished import Unfinished
-from resect.lab.shrink.wishes import Wishes, unfinished_folder
+from resect.lab.shrink.wishes import Wishes
 from resect.lab.trainer import train
 
 WISHES = Wishes(names=("layer2.0",), recover=2)
@@ -148,10 +150,28 @@ def test_what_was_asked_otherwise_or_is_damaged_is_told(opened, tmp_path):
         opened.model.fc[1].bias += 1
     with pytest.raises(InputError, match="weights was"):
         Unfinished.of(tmp_path / "cut", opened, WISHES)
+    other = open_model(str(opened.folder), data="digits", data_options=["fold=1"])
+    with pytest.raises(InputError, match="samples was"):
+        Unfinished.of(tmp_path / "cut", other, WISHES)
     state = next(unfinished_folder(tmp_path / "cut").glob("*/state.json"))
     state.write_text(state.read_text()[:-20])
     with pytest.raises(FileError, match="damaged"):
         Unfinished.of(tmp_path / "cut", opened, WISHES)
+
+
+def test_a_last_batch_of_one_sample_is_left_out(opened, monkeypatch):
+    images, labels = opened.images("train", 129)
+    monkeypatch.setattr(Opened, "batches", lambda *_: in_batches(images, labels, 64))
+    totals = []
+    recover(cut(opened), opened, 3, progress=lambda done, total: totals.append(total))
+    assert totals == [6] * 6
+
+
+def test_files_of_others_stay(opened, tmp_path):
+    kept = begun(tmp_path / "cut", opened)
+    (kept.folder / "notes").write_text("mine")
+    kept.done()
+    assert [path.name for path in kept.folder.iterdir()] == ["notes"]
 
 
 def test_one_that_diverges_keeps_what_was_finite(opened, tmp_path):

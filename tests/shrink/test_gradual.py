@@ -38,6 +38,18 @@ def test_rounds_choose_anew_from_what_was_healed():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_only_blocks_that_were_given_may_go_in_later_rounds_too():
+    net, _, blocks = chain()
+    given, seen = blocks.select(blocks.names[2:6]), []
+
+    def choose(small: nn.Module, left: resect.Blocks, count: int) -> list[str]:
+        seen.append(left.names)
+        return left.names[:count]
+
+    resect.shrink_gradually(net.eval(), given, 3, choose=choose, heal=lambda small, model: None)
+    assert seen == [given.names, given.names[1:], given.names[2:]]
+
+
 def test_layers_are_counted_as_one_and_deleted_with_the_last_cut():
     class Layer(nn.Module):
         def __init__(self):

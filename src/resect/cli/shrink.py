@@ -128,13 +128,15 @@ def shrink(
         with progress_bar(err) as display:
             chosen = choose_plan(opened, blocks, wishes, display, say)
         out.print(str(chosen), highlight=False)
-        for line in expected(opened, blocks, chosen, limit):
+        for line in expected(opened, blocks, chosen, wishes):
             out.print(line, highlight=False)
         if rounds > 1:
             out.print("That is in one cut. In rounds, which blocks go is asked anew of what was healed.")
         out.print("A dry run: nothing was cut or written.")
         return
     kept = Unfinished.of(to, opened, wishes)
+    if resume and not kept.plans:
+        say(f"Nothing was kept in {kept.folder}: this begins anew.")
     with progress_bar(err) as display:
         try:
             small = (cut_in_rounds if rounds > 1 else cut)(opened, blocks, wishes, kept, display, say)
@@ -142,7 +144,7 @@ def shrink(
             say(f"{stopped} The same command with --resume goes on from there.")
             raise typer.Exit(130) from None
         except ResectError as error:
-            if not isinstance(error, FileError):  # for want of space; else to go on would end here again
+            if not (kept.trained or isinstance(error, FileError)):  # to go on would end here again
                 kept.done()
             raise
     found = outcome(opened, small, limit)

@@ -38,7 +38,8 @@ def shrink_gradually(
 
     Parameters
     ----------
-    model, blocks: as in ``remove``; the model is left alone. The blocks must carry their example.
+    model, blocks: as in ``remove``; the model is left alone. The blocks must carry their example: what is left of
+        them is found again after every cut.
     n: how many go in all.
     choose: ``choose(small, blocks, k)`` gives a plan, or names, of k of the blocks, or layers, that are left.
     heal: ``heal(small, model)`` trains the cut model in place, however it likes: ``mimic``, a loop with
@@ -80,4 +81,5 @@ def shrink_gradually(
         heal(small, model)
         if turn + 1 < rounds:
             left = find_blocks(small, blocks.example)
+            left = left.select([name for name in left.names if name in blocks.names])
     return small

@@ -16,7 +16,7 @@ from torch import nn
 
 from resect.blocks.block import Blocks
 from resect.blocks.cost import interleaved, resized
-from resect.blocks.example import Example
+from resect.blocks.example import Example, device_of
 from resect.blocks.modes import kept_modes
 from resect.blocks.plan import Plan
 from resect.errors import InputError
@@ -37,7 +37,7 @@ def measured(
     with kept_modes(model), torch.inference_mode():
         model.eval()
         for batch in batches:
-            inputs = resized(Example.of(example), batch)
+            inputs = resized(Example.of(example).to(device_of(model)), batch)
             calls = {name: lambda net=net: net(*inputs.args, **inputs.kwargs) for name, net in nets.items()}  # noqa: B023
             times = interleaved(calls, rounds, 2, 0.005)
             found[str(batch)] = {name: _middle(times[name]) for name in nets}

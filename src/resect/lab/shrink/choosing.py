@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import resect
+from resect.analyse.streams import samples_of
 from resect.blocks.block import Blocks
 from resect.blocks.example import forward_batch
 from resect.blocks.measure import measure_closed
@@ -21,7 +22,7 @@ from resect.lab.shrink.candidate import Times, measured, meeting
 from resect.lab.shrink.wishes import Wishes
 from resect.lab.text import TextData
 from resect.shrink.costs import BlockCosts
-from resect.shrink.rank import units_of
+from resect.shrink.rank import Unit, units_of
 from resect.shrink.ranking import CONTROLS, meant
 
 BATCHES = (1, 32)
@@ -41,20 +42,23 @@ def check_fit(opened: Opened, blocks: Blocks, wishes: Wishes) -> None:
             except InputError as error:
                 wrong.append(f"{option}: {error}")
     if wishes.ranked and not wrong:
-        units, kind = units_of(_free(blocks, wishes), wishes.unit)  # type: ignore[arg-type]
-        if not units:
+        _, kind, count = _free(blocks, wishes)
+        if not count:
             wrong.append("--keep leaves no block that may go.")
-        elif (wishes.n or 0) > len(units):
-            wrong.append(f"--blocks {wishes.n}: there are {len(units)} {kind}s that may go")
+        elif (wishes.n or 0) > count:
+            wrong.append(f"--blocks {wishes.n}: there are {count} {kind}s that may go")
     check_all(wrong, opened.name)
     if wishes.needs_data:
         opened.batches("train", 1)
 
 
-def _free(blocks: Blocks, wishes: Wishes) -> Blocks:
-    """The blocks that may go."""
+def _free(blocks: Blocks, wishes: Wishes) -> tuple[Blocks, Unit, int]:
+    """The blocks that may go, by what they go, and how many of these there are: a unit of which one stays, stays."""
     kept = {name for key in wishes.keep for name in meant(blocks, key)}
-    return blocks.select([name for name in blocks.names if name not in kept])
+    units, kind = units_of(blocks, wishes.unit)  # type: ignore[arg-type]
+    free = [names for names in units.values() if not kept & set(names)]
+    going = {name for names in free for name in names}
+    return blocks.select([name for name in blocks.names if name in going]), kind, len(free)
 
 
 def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
@@ -83,13 +87,13 @@ def choose_plan(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, s
 
 def by_rank(opened: Opened, blocks: Blocks, wishes: Wishes, display: Bars, say: Callable[[str], None]) -> Plan:
     """Return the plan of what is missed least."""
-    blocks = _free(blocks, wishes)
-    units, kind = units_of(blocks, wishes.unit)  # type: ignore[arg-type]
+    blocks, kind, count = _free(blocks, wishes)
     data = None if wishes.by in CONTROLS and wishes.at_most_worse is None else opened.batches("train", wishes.limit)
-    say(f"Choosing takes about {_said(foreseen(opened, blocks, wishes, len(units), data))} at most.")
+    say(f"Choosing takes about {_said(foreseen(opened, blocks, wishes, count, data))} at most.")
     costs = costs_of(opened, blocks) if wishes.fewer else None
     ranking = resect.rank(
-        opened.model, blocks, data, by=wishes.by, unit=kind, search=wishes.search, metric="cross_entropy",  # type: ignore[arg-type]
+        opened.model, blocks, data, by=wishes.by, unit=kind, search=wishes.search,  # type: ignore[arg-type]
+        metric="cross_entropy",
         costs=None if wishes.search == "beam" else costs, depth=wishes.n,
         progress=functools.partial(display.steps, "ranked"),
     )  # fmt: skip
@@ -151,9 +155,10 @@ def _said(seconds: float) -> str:
     return f"{max(1, round(seconds))} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def expected(opened: Opened, blocks: Blocks, plan: Plan, limit: int) -> Iterator[str]:
+def expected(opened: Opened, blocks: Blocks, plan: Plan, wishes: Wishes) -> Iterator[str]:
     """Say what a plan saves, timed on a copy that is cut, and costs before recovery; nothing is changed or written."""
-    times: Times = plan.evidence.get("measured_ms") or times_of(opened, blocks, plan.names)
+    just = plan.evidence.get("measured_ms") if wishes.ranked else None  # a file may say what another machine measured
+    times: Times = just or times_of(opened, blocks, plan.names)
     for batch, row in times.items():
         (whole, more), (cut, less) = row["whole"], row["cut"]
         change = f"{whole:.2f} ± {more:.2f} → {cut:.2f} ± {less:.2f} ms ({cut / whole - 1:+.1%})"
@@ -166,8 +171,8 @@ def expected(opened: Opened, blocks: Blocks, plan: Plan, limit: int) -> Iterator
     if opened.data is None:
         return
     metric = metric_of(opened)
-    data = opened.batches("train", limit)
+    data = opened.batches("train", wishes.limit)
     whole, [cut] = measure_closed(opened.model, blocks, data, [tuple(plan.names)], metric)
-    samples = "sequences" if isinstance(opened.data, TextData) else "training images"
+    samples = f"{sum(map(samples_of, data))} {'sequences' if isinstance(opened.data, TextData) else 'training images'}"
     unit = " %" * (metric == "top1")
-    yield f"{metric} on {limit} {samples}, before recovery: {whole:.4g}{unit} → {cut:.4g}{unit}."
+    yield f"{metric} on {samples}, before recovery: {whole:.4g}{unit} → {cut:.4g}{unit}."

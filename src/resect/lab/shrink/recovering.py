@@ -70,7 +70,7 @@ def recover(
             if kept.folder is not None and (over or stop or kept.due):
                 course.check()
                 kept.save(course.state())
-            if stop and not over:
+            if stop:
                 raise Interrupted(f"Stopped after step {course.step} of {course.steps} of recovery.")
     small.zero_grad()
     return course.check()
@@ -96,6 +96,8 @@ class _Course:
     def __init__(self, small: nn.Module, opened: Opened, epochs: int, seed: int) -> None:
         self.small, self.recipe = small, opened.recipe
         self.batches = opened.batches("train", None, SIZE)
+        if len(self.batches) > 1 and samples_of(self.batches[-1]) == 1:
+            del self.batches[-1]  # of one sample, batch norm has no deviation
         self.step, self.steps = 0, epochs * len(self.batches)
         self.optimizer = torch.optim.AdamW(small.parameters(), lr=LR, weight_decay=1e-4)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)

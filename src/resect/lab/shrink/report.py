@@ -65,7 +65,8 @@ def shrink_report(
     ways, missing = usable(opened.model, images[:1])
     say("ways to run tried", 1, 1)
     table = costs(named, images[:1], batches=(1, batch), ways=ways)
-    errors = {name: class_errors(net, images, labels) for name, net in named.items()}
+    count = len(opened.data.classes)  # type: ignore[union-attr]
+    errors = {name: class_errors(net, images, labels, count) for name, net in named.items()}
     whole = count_flops(opened.model, images[:1])
     scale = block_costs.latency((), batch)[0] / _of(table, "uncut", batch)["median_ms"] if block_costs else 0.0
     for name, net in nets.items():
@@ -105,14 +106,14 @@ def shrink_report(
     return folder / "report.html"
 
 
-def class_errors(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[float | None]]:
-    """Top-1 error as a fraction, over all images and of every class; None for a class without images."""
+def class_errors(model: nn.Module, images: Tensor, labels: Tensor, count: int) -> tuple[float, list[float | None]]:
+    """Top-1 error as a fraction, over all images and of each of ``count`` classes; None for one without images."""
     device = next(model.parameters()).device
     with kept_modes(model), torch.no_grad():
         model.eval()
         found = torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(256)])
     wrong = (found != labels).double()
-    classes = [wrong[labels == label] for label in range(int(labels.max()) + 1)]
+    classes = [wrong[labels == label] for label in range(count)]
     return float(wrong.mean()), [float(part.mean()) if len(part) else None for part in classes]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from resect.blocks.store import fingerprint
 from resect.errors import check_all
 from resect.lab import checkpoint
 from resect.lab.open import Opened
-from resect.lab.shrink.wishes import Wishes, unfinished_folder
+from resect.lab.shrink.places import unfinished_folder
+from resect.lab.shrink.wishes import Wishes
 from resect.lab.text import TextData
 
 _SECONDS = 60.0
@@ -73,6 +76,11 @@ class Unfinished:
         return self.plans[turn]
 
     @property
+    def trained(self) -> bool:
+        """Whether anything of a recovery was kept, not plans alone."""
+        return self._trained >= 0
+
+    @property
     def over(self) -> bool:
         """Whether the stop came in a later round: the weights of this one's recovery went into that one's."""
         return self._trained > self.turn
@@ -108,8 +116,12 @@ class Unfinished:
 
     def done(self) -> None:
         """Delete what was kept: the cut model is in its place."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is None:
+            return
+        for file in self.folder.glob(f"{checkpoint.PREFIX}[0-9]*"):
+            shutil.rmtree(file, ignore_errors=True)
+        with suppress(OSError):  # someone else's files stay
+            self.folder.rmdir()
 
 
 def _asked(opened: Opened, wishes: Wishes) -> dict[str, Any]:
@@ -118,7 +130,10 @@ def _asked(opened: Opened, wishes: Wishes) -> dict[str, Any]:
     told["plan"] = wishes.plan and wishes.plan.to_json()
     told |= {"model": opened.name, "weights": fingerprint(opened.model)[:16]}
     told["data"] = getattr(opened.data, "name", None)
-    if isinstance(opened.data, TextData):
-        told["sequences"] = list(opened.data.sequences.shape)
+    digest = hashlib.sha256()
+    for tensor in [opened.data.sequences] if isinstance(opened.data, TextData) else opened.images("train"):
+        for part in tensor.split(4096):
+            digest.update(part.numpy().tobytes())
+    told["samples"] = digest.hexdigest()[:16]
     found: dict[str, Any] = json.loads(json.dumps(told))
     return found

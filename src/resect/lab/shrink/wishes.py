@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from resect.blocks.plan import Plan
-from resect.errors import InputError, ResectError, check_all, quoted
-from resect.files import check_place
-from resect.integrations.export import format_of
-from resect.lab.scratch import scratch_folder
-from resect.lab.shrink.report import OWN
+from resect.errors import ResectError, check_all
+from resect.lab.shrink.places import export_mistakes, written
 from resect.shrink.costs import share_mistakes
 from resect.shrink.rank import option_mistakes
 from resect.shrink.ranking import CONTROLS
@@ -64,11 +60,6 @@ class Wishes:
         return self.recover * self.rounds
 
 
-def unfinished_folder(cut: Path) -> Path:
-    """Where a recovery that was stopped is kept: beside the cut model."""
-    return cut.with_name(f"{cut.name}-unfinished")
-
-
 def read_wishes(
     *,
     fewer: str = "",
@@ -91,9 +82,13 @@ def read_wishes(
     shares, wrong = _shares(fewer, target_latency)
     parts = None if names is None else _listed(names)
     wishes = Wishes(fewer=shares, keep=_listed(keep), names=parts, **others)
-    wrong += [*_choice(wishes, plan is not None), *_recovery(wishes), *_places(out, export, report, dry)]
-    wrong += _scratch(out, report, dry) if scratch else []
-    wrong += _stopped(wishes, out, dry, resume)
+    wrong += [*_choice(wishes, plan is not None), *_recovery(wishes)]
+    if resume and not wishes.recover:
+        wrong.append("--resume goes on with a recovery that was stopped, and there is none: add --recover EPOCHS.")
+    if scratch and report is None:
+        wrong.append("--from-scratch is a row of the report: add --report FOLDER.")
+    wrong += [] if dry else written(out, export, report, scratch=scratch, recover=wishes.recover > 0, resume=resume)
+    wrong += export_mistakes(export)
     if plan is not None:
         try:
             wishes = replace(wishes, plan=Plan.load(plan / "plan.json" if plan.is_dir() else plan))
@@ -160,52 +155,3 @@ def _recovery(wishes: Wishes) -> Iterator[str]:
         yield f"--rounds {wishes.rounds} is more than --blocks {wishes.n}: every round cuts at least one."
     if wishes.replace:
         yield "--rounds and --replace do not go together: leave one of them out."
-
-
-def _scratch(out: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
-    if report is None:
-        yield "--from-scratch is a row of the report: add --report FOLDER."
-    if out is not None and not dry and scratch_folder(out).exists():
-        yield f"--from-scratch: {scratch_folder(out)} is there already: choose another --out, or delete it."
-
-
-def _stopped(wishes: Wishes, out: Path | None, dry: bool, resume: bool) -> Iterator[str]:
-    if resume and not wishes.recover:
-        yield "--resume goes on with a recovery that was stopped, and there is none: add --recover EPOCHS."
-    elif out is not None and not dry and not resume and wishes.recover and unfinished_folder(out).exists():
-        yield (
-            f"{unfinished_folder(out)} holds a recovery that was stopped: go on with --resume, choose another --out, "
-            "or delete it."
-        )
-
-
-def _places(out: Path | None, export: Path | None, report: Path | None, dry: bool) -> Iterator[str]:
-    """Say what is wrong with the places to write to; a dry run writes nothing."""
-    for option, place in (("--out", out), ("--report", report), ("--export", export)):
-        if place is not None and not dry:
-            above = next(folder for folder in place.absolute().parents if folder.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
-                yield f"{option}: {place} cannot be written, as {above} is no folder that may be written to."
-    if out is None and not dry:
-        yield "Where shall the cut model go? Give --out FOLDER, or --dry-run to see what to expect."
-    if out is not None and not dry:
-        there = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-        kinds = {"recipe.json": "a run", "plan.json": "a cut model"}
-        held = next((kind for name, kind in kinds.items() if name in there), quoted(there, 3))
-        if there or out.is_file():
-            why = f"holds {held} already" if there else "is a file"
-            yield f"--out: {out} {why}: choose another folder, or delete it."
-    if report is not None and report == out:
-        yield f"--report {report} is --out, too: give each a folder of its own."
-    elif report is not None and not dry:
-        try:
-            check_place(report, OWN)
-        except ResectError as error:
-            yield f"--report: {error}"
-    if export is not None:
-        try:
-            format_of(export)
-            if export.is_dir():
-                raise InputError(f"{str(export)!r} is a folder. Name a file.")
-        except ResectError as error:
-            yield f"--export: {error}"
