@@ -169,7 +169,7 @@ def test_a_last_batch_of_one_sample_is_left_out(opened, monkeypatch):
 
 def test_files_of_others_stay(opened, tmp_path):
     kept = begun(tmp_path / "cut", opened)
-    (kept.folder / "notes").write_text("mine")
+    (kept.folder / "notes").mkdir()
     kept.done()
     assert [path.name for path in kept.folder.iterdir()] == ["notes"]
 
