@@ -264,6 +264,59 @@ def test_cut_again_the_plan_knows_of_both(tmp_path):
     assert torch.equal(again(x), twice(x))
 
 
+class Inline(nn.Module):
+    """Layers without a forward of their own: a map takes the places of two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(6, 9), "down": nn.Linear(9, 6)}) for _ in range(4)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](x).tanh())
+        return x
+
+
+@pytest.mark.parametrize("build", [Inline, lambda: Stream(*(Curved(6) for _ in range(4)))])
+def test_a_linear_map_goes_like_any_block(tmp_path, build):
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.randn(3, 5)
+    blocks = found(net, x)
+    once = resect.replace(net, blocks, blocks.names[:1], batches(5))
+    left, before = found(once, x), once(x)
+    plan = resect.rank(once, left, by={name: float(n) for n, name in enumerate(left.names)}, unit="block").choose(n=2)
+    small, plain = resect.remove(once, left, plan), resect.remove(net, blocks, blocks.names[:2])
+    assert torch.equal(small(x), plain(x))
+    assert small.state_dict().keys() == plain.state_dict().keys()
+    assert small.resect_plan.names == plain.resect_plan.names
+    assert small.resect_plan.scores[blocks.names[0]] == 0
+    assert "replaced" not in small.resect_plan.evidence
+    assert not any("_entered" in vars(module) for module in small.modules())
+    assert torch.equal(once(x), before)
+    resect.save(small, tmp_path / "cut")
+    assert torch.equal(resect.load(tmp_path / "cut", build().eval())(x), small(x))
+    shorter = resect.shrink_gradually(
+        once, left, 3, choose=lambda net, left, n: left.names[:n], heal=lambda small, model: None
+    )
+    assert shorter.resect_plan.names == blocks.names[:3]
+
+
+def test_what_stands_in_already_is_not_replaced_and_takes_the_work_of_the_next():
+    torch.manual_seed(0)
+    net, x = Inline().eval(), torch.randn(3, 5)
+    once = resect.replace(net, found(net, x), found(net, x).names[:1], batches(5))
+    left = found(once, x)
+    with pytest.raises(InputError, match=f"{left.names[0]} is a linear map already"):
+        resect.replace(once, left, left.names[:1], batches(5))
+    twice = resect.replace(once, left, left.names[1:2], batches(5))
+    assert facts(twice)[left.names[1]]["merged_into"] == "layers.0.down.linear"
+    assert facts(twice)[left.names[1]]["helps"]
+
+
 @pytest.mark.parametrize(("size", "stride"), [(8, 2), (7, 2), (9, 3), (8, 1)])
 def test_the_features_are_those_that_a_strided_convolution_sees(size, stride):
     features, conv = torch.randn(2, 3, size, size), nn.Conv2d(3, 4, 1, stride=stride)

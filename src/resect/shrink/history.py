@@ -39,22 +39,26 @@ def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None 
     plan: what this cut took, in the names of the model that was cut.
     compacted: what ``compact`` returned after this cut.
     """
-    past = earlier.evidence.get(COMPACT, {}) if earlier is not None else {}
+    gone, before = ((), {}) if earlier is None else (earlier.blocks, earlier.evidence)
+    past = before.get(COMPACT, {})
     moved = past.get("moved", {})
-    evidence = {**(earlier.evidence if earlier is not None else {}), **plan.evidence}
-    evidence = {key: value for key, value in evidence.items() if key not in OUTCOME}
+    evidence = {**before, **plan.evidence}
+    evidence = {key: value for key, value in evidence.items() if key not in (REPLACED, *OUTCOME)}
     if compacted is not None:
         evidence[COMPACT] = _merged(past, compacted)
-    if REPLACED in evidence:
-        now = {original(name, moved): _named(run, moved) for name, run in plan.evidence.get(REPLACED, {}).items()}
-        evidence[REPLACED] = {**(earlier.evidence.get(REPLACED, {}) if earlier is not None else {}), **now}
-    blocks = tuple(_translated(block, moved) for block in plan.blocks)
-    scores = {original(name, moved): score for name, score in plan.scores.items()}
+    blocks = [_translated(block, moved) for block in plan.blocks]
+    # A linear map that went now was in the place of a block that is in the plan already.
+    maps = {block.modules[block.end]: block.name for block in gone if _is_map(before, block) and block.end is not None}
+    same = {b.name: maps[b.modules[0]] for b in blocks if len(b.modules) == 1 and b.modules[0] in maps}
+    spent = {maps[module] for block in blocks for module in block.modules if module in maps}
+    kept = {name: run for name, run in before.get(REPLACED, {}).items() if name not in spent}
+    now = {original(name, moved): _named(run, moved) for name, run in plan.evidence.get(REPLACED, {}).items()}
+    scores = {same.get(name := original(key, moved), name): score for key, score in plan.scores.items()}
     return replace(
         plan,
-        blocks=(*(earlier.blocks if earlier is not None else ()), *blocks),
+        blocks=(*gone, *(block for block in blocks if block.name not in same)),
         scores={**(earlier.scores if earlier is not None else {}), **scores},
-        evidence=evidence,
+        evidence=evidence | ({REPLACED: kept | now} if kept or now else {}),
         among=plan.among if earlier is None else earlier.among,
     )
 
@@ -84,13 +88,17 @@ def name_in(small: nn.Module, name: str) -> str:
 
 def _stubs(plan: Plan) -> set[str]:
     """The modules of removed blocks that are left by name alone; a linear map in a block's place is none."""
-    replaced = {name for name, run in plan.evidence.get(REPLACED, {}).items() if run["linear"]}
     return {
         module
         for block in plan.blocks
         for position, module in enumerate(block.modules)
-        if block.calls[position] is None and (block.name not in replaced or position != block.end)
+        if block.calls[position] is None and (position != block.end or not _is_map(plan.evidence, block))
     }
+
+
+def _is_map(evidence: Mapping[str, Any], block: ResidualBlock) -> bool:
+    """Whether a linear map was kept where a block was."""
+    return bool(evidence.get(REPLACED, {}).get(block.name, {}).get("linear"))
 
 
 def _merged(past: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,6 @@ class Removed(nn.Module):
         self.upkeep = upkeep
         self._position = position
         self.__dict__["_resect_twin"] = meta_copy(original)
-        self._device = next((tensor.device for tensor in (*original.parameters(), *original.buffers())), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's recorded output with an Absent for every tensor."""
@@ -60,6 +59,10 @@ class Removed(nn.Module):
         if isinstance(found, Tensor):
             return absent_of_shape(float("inf"), self.block, self.training, tuple(found.shape), found.dtype)
         return found
+
+    def bare(self) -> dict[Removed, Removed]:
+        """Return the stubs to put for each part of what took the branch's place; nothing did here."""
+        return {}
 
     def extra_repr(self) -> str:
         """Show which block was here."""
@@ -158,7 +161,7 @@ def _is_gone(model: nn.Module, block: ResidualBlock) -> bool:
     names = [*block.modules, *(name.rpartition(".")[0] for name in block.raw_parameters), block.owner]
     ports = [vars(modules[name]).get(PORT) for name in names]
     return (
-        any(isinstance(modules[name], Removed) for name in block.modules)
+        any(isinstance(part := modules[name], Removed) and not part.bare() for name in block.modules)
         or any(
             gate.holder == REMOVED and gate.block.name == block.name for port in ports if port for gate in port.gates
         )
@@ -191,12 +194,16 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
         for position, name in enumerate(block.modules):
             if block.calls[position] is not None:
                 continue  # it also runs elsewhere
-            stub = Removed(block, position, modules[name], Upkeep.of(model, name)).train(modules[name].training)
+            part, stubs = modules[name], dict[nn.Module | None, Removed]()
+            if isinstance(part, Removed):
+                stubs |= part.bare()
+            else:
+                stubs[part] = Removed(block, position, part, Upkeep.of(model, name)).train(part.training)
             for path, parent in [(path, parent) for path, parent in model.named_modules()]:
                 for attribute, child in list(parent._modules.items()):
-                    if child is modules[name]:
+                    if child in stubs:
                         originals[f"{path}.{attribute}" if path else attribute] = child
-                        setattr(parent, attribute, stub)
+                        setattr(parent, attribute, stubs[child])
         if block.counted_in is not None or block.unwrap or block.spreads:
             present = dict(model.named_modules())
             gate = Gate(block, REMOVED, present[block.owner]).close()

@@ -26,7 +26,7 @@ from resect.shrink.compact import compact as delete_emptied
 from resect.shrink.history import REPLACED, grown, unspent
 from resect.shrink.least_squares import LeastSquares
 from resect.shrink.merge import Projection, projection_of
-from resect.shrink.remove import Names, copied, remove
+from resect.shrink.remove import Names, Removed, copied, remove
 from resect.shrink.samples import first_batches
 from resect.shrink.seen import Seen, channels, rows_of, seen, strided
 from resect.shrink.standin import filled, hindrance, linear_of, stand_in
@@ -80,6 +80,10 @@ def replace(
         raise unknown("stand-in", by, ("linear",))
     blocks, model = resolve(model, blocks), unwrap(model)
     plan = unspent(Plan.of(blocks, plan))
+    check_all(
+        (f"{block.name} is a linear map already" for block in plan.blocks if _stands_in(model, block)),
+        "What an earlier cut put in the place of blocks is not replaced again; use resect.remove",
+    )
     runs = _runs(blocks, plan)
     batches = first_batches(model, data, samples)
     with quiet(model):
@@ -99,6 +103,10 @@ def replace(
     earlier = getattr(model, "resect_plan", None)
     small.resect_plan = grown(earlier if isinstance(earlier, Plan) else None, whole, deleted)  # type: ignore[assignment]
     return small
+
+
+def _stands_in(model: nn.Module, block: ResidualBlock) -> bool:
+    return any(isinstance(model.get_submodule(name), Removed) for name in block.modules)
 
 
 def _runs(blocks: Blocks, plan: Plan) -> list[Run]:
@@ -143,7 +151,11 @@ def _fit(
     for batch in fitting:
         wanted, here = both(batch)
         left = here.sum if way is not None else here.shortcut
-        features, strides = (here.branch, None) if way is not None else strided(here.entered, left, axis)
+        features = here.branch
+        if way is None:
+            if here.entered is None:
+                raise InputError(f"{carrier.name}: no tensor enters its branch's first module; use resect.remove.")
+            features, strides = strided(here.entered, left, axis)
         sums.add(rows_of(features, axis), rows_of(wanted.sum - left, axis))
     removed = _distance(
         (wanted.sum, here.sum if way is not None else here.shortcut) for wanted, here in map(both, measuring)

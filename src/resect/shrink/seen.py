@@ -25,7 +25,8 @@ _CHANNELS_FIRST = (
 class Seen:
     """The values of one block in one forward pass, as copies."""
 
-    entered: Tensor
+    entered: Tensor | None
+    """None where the branch begins with a linear map that takes its value elsewhere."""
     shortcut: Tensor
     branch: Tensor
     sum: Tensor
@@ -33,11 +34,12 @@ class Seen:
 
 def seen(model: nn.Module, blocks: Blocks, name: str, batch: Any, forward: Forward) -> Seen:
     """Run a batch and return what went through one block."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     block = blocks[name]
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        found["entered"] = entered(args, kwargs).detach().clone()
+        tensor = entered(args, kwargs)
+        found["entered"] = None if tensor is None else tensor.detach().clone()
 
     def join(shortcut: Tensor, branch: Tensor) -> Tensor:
         found["shortcut"], found["branch"] = shortcut.detach().clone(), branch.detach().clone()

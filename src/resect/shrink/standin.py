@@ -46,14 +46,22 @@ class StandIn(Removed):
         value = self.linear(entered(args, kwargs) if entry is None else entry.take())
         return replaced(super().forward(*args, **kwargs), self.block.end_leaf or (), value)
 
+    def bare(self) -> dict[Removed, Removed]:
+        """Return the stubs to put for this and for where the branch began, once the linear map goes too."""
+        return {
+            part: Removed(part.block, part._position, part.__dict__["_resect_twin"], part.upkeep).train(part.training)
+            for part in (self, self.__dict__["_entry"])
+            if part is not None
+        }
+
     def __getattr__(self, name: str) -> Any:
         # A removed module answers as the one whose place it took; this one has a part of its own.
         return self.__dict__["_modules"]["linear"] if name == "linear" else super().__getattr__(name)
 
 
-def entered(args: Any, kwargs: Any) -> Tensor:
-    """Return the tensor that a branch begins with: the first that its first module is called with."""
-    return next(tensor for tensor in tensors_in((args, kwargs)) if not isinstance(tensor, Absent))
+def entered(args: Any, kwargs: Any) -> Tensor | None:
+    """Return the tensor that a branch begins with: the first that its first module is called with, if there is one."""
+    return next((tensor for tensor in tensors_in((args, kwargs)) if not isinstance(tensor, Absent)), None)
 
 
 def hindrance(block: ResidualBlock) -> str:
