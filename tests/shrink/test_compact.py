@@ -129,6 +129,13 @@ def test_a_layer_that_changes_what_goes_through_it_stays(after, reason):
     assert len(list(model.layers[1].f.parameters())) == 2, "an in-place model is whole again"
 
 
+def test_the_only_layer_of_its_kind_stays_with_that_reason():
+    net, x = nn.Sequential(nn.Linear(6, 6), Numbered(0), nn.Linear(6, 3)).eval(), torch.randn(2, 6)
+    blocks = resect.find_blocks(net, x)
+    with pytest.raises(InputError, match="1: it is the only one of its class there"):
+        resect.remove(net, blocks, blocks.names, compact=True)
+
+
 def test_relu_after_relu_may_go():
     x = torch.randn(3, 6)
     assert len(cut(Model(nn.ReLU()), x, "layers.1").layers) == 3

@@ -11,6 +11,7 @@ from torch import nn
 from resect import __version__
 from resect.blocks.plan import Plan
 from resect.shrink.history import COMPACT, MEASURES, RECOVERED, REPLACED
+from resect.shrink.structure import under
 
 
 def card(small: nn.Module, plan: Plan, *, base: bool = False) -> str:
@@ -104,16 +105,19 @@ def _loading(small: nn.Module, plan: Plan, base: bool) -> list[str]:
         *(["`base.json`, beside this card, says how the uncut model is built.", ""] if base else []),
     ]
     compacted = plan.evidence.get(COMPACT)
-    if not compacted or any(run["linear"] for run in plan.evidence.get(REPLACED, {}).values()):
+    layers = compacted["layers"] if compacted else []
+    # Of a layer that stays something may be gone too: then no shorter model of the class has these weights.
+    whole = all(under(part, layers) for b in plan.blocks for part in (*b.modules, *b.raw_parameters))
+    if not layers or not whole or any(run["linear"] for run in plan.evidence.get(REPLACED, {}).values()):
         return [*lines, "Without Resect: export it, `resect.export(small, 'small.onnx', example=x)`.", ""]
     other = {
         "timm": "resect.integrations.timm.save(small, 'shorter.safetensors', x)",
         "transformers": "resect.integrations.transformers.save(small, 'shorter', example)",
     }.get(home.partition(".")[0])
-    layers = ", ".join(f"`{layer}`" for layer in compacted["layers"])
+    went = ", ".join(f"`{layer}`" for layer in layers)
     return [
         *lines,
-        f"Without Resect: whole layers went ({layers}), so `model.safetensors` fits the same class built with fewer of "
+        f"Without Resect: whole layers went ({went}), so `model.safetensors` fits the same class built with fewer of "
         "them" + (f"; `{other}` writes it so that the library loads it." if other else "."),
         "",
     ]

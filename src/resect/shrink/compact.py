@@ -25,7 +25,7 @@ from resect.blocks.upkeep import Upkeep
 from resect.errors import InputError
 from resect.shrink.history import original
 from resect.shrink.repair import Undo, put_back, shorten
-from resect.shrink.structure import differences, same, standard, unequal, values
+from resect.shrink.structure import differences, same, standard, under, unequal, values
 
 
 def compact(small: nn.Module, example: Example) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def compact(small: nn.Module, example: Example) -> dict[str, Any]:
                 deleted = [*deleted, layer]
     kept = {layer: reason for layer, reason in kept.items() if reason}
     if not deleted:
+        kept = kept or dict.fromkeys(_touched(small, alone=True), "it is the only one of its class there")
         reasons = "".join(f"\n  - {layer}: {reason}" for layer, reason in kept.items()) or " No layer lost a module."
         raise InputError(
             "compact=True deletes those children of an nn.ModuleList or nn.Sequential of which nothing is left, and "
@@ -92,8 +93,8 @@ def gone_from(model: nn.Module) -> list[str]:
     ]
 
 
-def _touched(small: nn.Module) -> list[str]:
-    """Return the layers that lost something; a stage of layers is none."""
+def _touched(small: nn.Module, *, alone: bool = False) -> list[str]:
+    """Return the layers that lost something; a stage of layers is none, nor one ``alone`` of its class: only these."""
     gone, touched = gone_from(small), list[str]()
     for path, container in small.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
@@ -102,13 +103,9 @@ def _touched(small: nn.Module) -> list[str]:
         kinds = [type(layer).__qualname__ for layer in container._modules.values()]
         for name, kind in zip(container._modules, kinds, strict=True):
             layer = f"{path}.{name}".removeprefix(".")
-            if kinds.count(kind) > 1 and any(_inside(place, [layer]) for place in gone):
+            if (kinds.count(kind) == 1) == alone and any(under(place, [layer]) for place in gone):
                 touched.append(layer)
     return [layer for layer in touched if not any(other.startswith(layer + ".") for other in touched)]
-
-
-def _inside(path: str, layers: Iterable[str]) -> bool:
-    return any(path == layer or path.startswith(layer + ".") for layer in layers)
 
 
 def _changes(small: nn.Module, path: str, example: Example) -> str:
@@ -194,7 +191,7 @@ def _outermost_pretrained(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost modules that can save and load themselves by their ``config``."""
     inside: list[str] = []
     for path, module in model.named_modules():
-        if hasattr(module, "save_pretrained") and not any(not top or _inside(path, [top]) for top in inside):
+        if hasattr(module, "save_pretrained") and not any(not top or under(path, [top]) for top in inside):
             inside.append(path)
             yield module
 

@@ -24,11 +24,11 @@ def differences(
     shapes = [_shapes(model) for model in (built, small)]
     for key in sorted(set(shapes[0]) | set(shapes[1])):
         there, here = (shape.get(key) for shape in shapes)
-        if there != here and not _under(key, gone):
+        if there != here and not under(key, gone):
             found.append(f"{key!r} is {there or 'missing'} there, {here or 'missing'} here")
     modules = dict(built.named_modules())
     for path, module in small.named_modules():
-        if _under(path, gone) or path not in modules:
+        if under(path, gone) or path not in modules:
             continue
         if type(module).__qualname__ != type(modules[path]).__qualname__:
             found.append(f"{path!r} is a {type(modules[path]).__name__} there, a {type(module).__name__} here")
@@ -41,7 +41,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def _under(path: str, prefixes: tuple[str, ...]) -> bool:
+def under(path: str, prefixes: Iterable[str]) -> bool:
+    """Say whether a path is one of these, or lies inside one."""
     return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
 
 
