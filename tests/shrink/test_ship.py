@@ -52,6 +52,62 @@ def test_the_card_says_what_went_why_and_how_to_load(tmp_path):
     )
 
 
+class Two(nn.Module):
+    """Layers of two branches."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Pair() for _ in range(count)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x + self.a(x)
+        return x + self.b(x)
+
+
+@pytest.mark.parametrize("more", [[], ["layers.2/a"]])
+def test_the_card_says_that_a_shorter_model_takes_the_weights_only_where_it_does(tmp_path, more):
+    net, x = Two(3).eval(), torch.randn(4, 5)
+    small = resect.remove(net, resect.find_blocks(net, x), ["layers.1/a", "layers.1/b", *more], compact=True)
+    resect.save(small, tmp_path / "cut")
+    text = (tmp_path / "cut/README.md").read_text()
+    assert Two(2).state_dict().keys() == small.state_dict().keys() or more
+    assert ("fits the same class" in text) == (not more)
+    assert ("resect.export" in text) == bool(more)
+
+
+def test_a_part_of_a_larger_tensor_is_saved_and_ties_stay_ties(tmp_path):
+    class Sliced(Net):
+        def __init__(self) -> None:
+            super().__init__((False,) * 3)
+            whole = torch.arange(40.0).reshape(8, 5)
+            self.register_buffer("part", whole[2:6])
+            self.register_buffer("same", whole[2:6])
+            self.register_buffer("crossing", whole[3:7])
+            self.tied = self.head
+
+    net, x = Sliced().eval(), torch.randn(4, 5)
+    small = resect.remove(net, resect.find_blocks(net, x), "layers.1")
+    resect.save(small, tmp_path / "cut")
+    safetensors = pytest.importorskip("safetensors.torch")
+    stored = safetensors.load_file(tmp_path / "cut/model.safetensors").keys()
+    assert len(stored & {"part", "same"}) == len(stored & {"head.weight", "tied.weight"}) == 1
+    assert "crossing" in stored
+    fresh = Sliced().eval()
+    fresh.part.zero_()
+    again = resect.load(tmp_path / "cut", fresh)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in small.state_dict().items())
+    assert small.part.untyped_storage().nbytes() == 160
+
+
 @pytest.mark.parametrize("how", ["file", "file of another name", "old", "plain", "folder"])
 def test_a_pickle_is_refused_with_how_to_convert_it(tmp_path, how):
     path = tmp_path / ("weights" if how == "file of another name" else "weights.pt")

@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import save_model
@@ -50,11 +51,22 @@ def save(small: nn.Module, path: str | Path, *, base: Mapping[str, Any] | None =
         )
     check_detached(small)
     with whole_folder(Path(path), own=(WEIGHTS, PLAN, BASE, CARD)) as folder:
-        save_model(small, str(folder / WEIGHTS))
+        state = _without_parts(small.state_dict())
+        save_model(SimpleNamespace(state_dict=lambda: state), str(folder / WEIGHTS))  # type: ignore[arg-type]
         (folder / PLAN).write_text(plan_document(plan, folder / WEIGHTS), encoding="utf-8")
         (folder / CARD).write_text(card(small, plan, base=base is not None), encoding="utf-8")
         if base is not None:
             (folder / BASE).write_text(json.dumps(base, indent=1), encoding="utf-8")
+
+
+def _without_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clone every tensor that is a part of a larger storage, which safetensors refuses; what is tied stays tied."""
+    clones: dict[Any, Tensor] = {}
+    for key, value in state.items():
+        if value.untyped_storage().nbytes() != value.nbytes:
+            view = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+            state[key] = clones.setdefault(view, value.clone())
+    return state
 
 
 def plan_of(model: nn.Module) -> Plan | None:
