@@ -146,6 +146,17 @@ def test_wishes_that_make_no_sense_are_refused():
         ranking.choose(fewer={"latency": 0.1}, costs=alien)
 
 
+def test_what_chose_the_first_blocks_is_not_said_of_the_next():
+    x = torch.randn(2, 5)
+    first = ladder_of([NAMES[: n + 1] for n in range(5)], [0.0] * 5).choose(n=1, costs=costs_of([0.1] * 5, [0.1] * 5))
+    once = resect.remove(NET, BLOCKS, first, compact=True)
+    assert {"saved", "latency_ms", "value", "units"} < once.resect_plan.evidence.keys()
+    left = resect.find_blocks(once, x)
+    twice = resect.remove(once, left, left.names[:1])
+    assert twice.resect_plan.evidence.keys() == {"compact"}
+    assert twice.resect_plan.names == NAMES[:2]
+
+
 def test_keep_leaves_the_others_in_their_order():
     ranking = ladder_of([NAMES[: n + 1] for n in range(5)], [1.0] * 5)
     assert ranking.choose(n=2, keep=NAMES[0]).names == NAMES[1:3]

@@ -42,10 +42,10 @@ def grown(earlier: Plan | None, plan: Plan, compacted: Mapping[str, Any] | None 
     gone, before = ((), {}) if earlier is None else (earlier.blocks, earlier.evidence)
     past = before.get(COMPACT, {})
     moved = past.get("moved", {})
-    evidence = {**before, **plan.evidence}
-    evidence = {key: value for key, value in evidence.items() if key not in (REPLACED, *OUTCOME)}
-    if compacted is not None:
-        evidence[COMPACT] = _merged(past, compacted)
+    # Of the earlier evidence, what was done to the model stays; how its blocks were chosen says nothing of these.
+    evidence = {key: value for key, value in plan.evidence.items() if key not in (REPLACED, *OUTCOME)}
+    if compacts := past if compacted is None else _merged(past, compacted):
+        evidence[COMPACT] = compacts
     blocks = [_translated(block, moved) for block in plan.blocks]
     # A linear map that went now was in the place of a block that is in the plan already.
     maps = {block.modules[block.end]: block.name for block in gone if _is_map(before, block) and block.end is not None}
