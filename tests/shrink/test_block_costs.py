@@ -102,6 +102,23 @@ def test_the_model_is_left_alone():
     assert not any("Removed" in type(module).__name__ for module in net.modules())
 
 
+def test_a_buffer_that_a_pass_changes_is_put_back():
+    class Counting(Block):
+        def __init__(self):
+            super().__init__(1, 1)
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x)
+
+    net = nn.Sequential(Counting(), Counting()).eval()
+    blocks = resect.find_blocks(net, torch.randn(2, 4))
+    before = float(net[0].passes)
+    resect.block_costs(net, blocks, batches=(1,), rounds=2)
+    assert float(net[0].passes) == before
+
+
 def test_what_cannot_be_weighed_is_refused():
     net = slow_net()
     blocks = resect.find_blocks(net, torch.randn(2, 4))

@@ -15,6 +15,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.cost import count_flops, resized, samples_in
 from resect.blocks.example import Example, device_of
 from resect.blocks.gate import Which, check_detached, resolve
+from resect.blocks.modes import kept_buffers
 from resect.blocks.unwrap import unwrap
 from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
 from resect.shrink.remove import take_out
@@ -151,14 +152,15 @@ def block_costs(
     check_detached(model)
     example = Example.of(blocks.example if example is None else example).to(device_of(model))
     one = resized(example, 1) if samples_in(example) else example
-    flops = count_flops(model, one)
-    gone = {block.name: flops - count_flops(without(model, blocks, [block.name]), one) for block in blocks}
     latencies = {}
-    for number, batch in enumerate(batches, start=1):
-        nets = without(model, blocks, ()), without(model, blocks, blocks.names)
-        latencies[batch] = timed(*nets, blocks, resized(example, batch), rounds)
-        if progress:
-            progress(number, len(batches))
+    with kept_buffers(model):  # the copies share them
+        flops = count_flops(model, one)
+        gone = {block.name: flops - count_flops(without(model, blocks, [block.name]), one) for block in blocks}
+        for number, batch in enumerate(batches, start=1):
+            nets = without(model, blocks, ()), without(model, blocks, blocks.names)
+            latencies[batch] = timed(*nets, blocks, resized(example, batch), rounds)
+            if progress:
+                progress(number, len(batches))
     return BlockCosts(
         tuple(blocks.names),
         {"flops": flops, "parameters": sum(parameter.numel() for parameter in model.parameters())},
