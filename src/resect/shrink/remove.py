@@ -60,7 +60,7 @@ class Removed(nn.Module):
             return absent_of_shape(float("inf"), self.block, self.training, tuple(found.shape), found.dtype)
         return found
 
-    def bare(self) -> dict[Removed, Removed]:
+    def bare(self) -> dict[nn.Module | None, Removed]:
         """Return the stubs to put for each part of what took the branch's place; nothing did here."""
         return {}
 
@@ -194,11 +194,12 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
         for position, name in enumerate(block.modules):
             if block.calls[position] is not None:
                 continue  # it also runs elsewhere
-            part, stubs = modules[name], dict[nn.Module | None, Removed]()
-            if isinstance(part, Removed):
-                stubs |= part.bare()
-            else:
-                stubs[part] = Removed(block, position, part, Upkeep.of(model, name)).train(part.training)
+            part = modules[name]
+            stubs = (
+                part.bare()
+                if isinstance(part, Removed)
+                else {part: Removed(block, position, part, Upkeep.of(model, name)).train(part.training)}
+            )
             for path, parent in [(path, parent) for path, parent in model.named_modules()]:
                 for attribute, child in list(parent._modules.items()):
                     if child in stubs:

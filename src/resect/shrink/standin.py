@@ -46,7 +46,7 @@ class StandIn(Removed):
         value = self.linear(entered(args, kwargs) if entry is None else entry.take())
         return replaced(super().forward(*args, **kwargs), self.block.end_leaf or (), value)
 
-    def bare(self) -> dict[Removed, Removed]:
+    def bare(self) -> dict[nn.Module | None, Removed]:
         """Return the stubs to put for this and for where the branch began, once the linear map goes too."""
         return {
             part: Removed(part.block, part._position, part.__dict__["_resect_twin"], part.upkeep).train(part.training)
