@@ -109,7 +109,9 @@ def test_what_cannot_be_done_is_refused_and_leaves_the_model_as_it_was():
     small = resect.remove(net, blocks, ["layers.1"])
     before = state(small)
     for wrong, message in [
-        ({"data": []}, "gave no batches"),
+        ({"data": []}, "gave no samples"),
+        ({"data": [torch.zeros(0, 3)]}, "gave no samples"),
+        ({"data": [torch.zeros(0, 3)], "batch_size": None}, "gave no samples"),
         ({"data": iter(data), "batch_size": None, "steps": 9}, "ran dry"),
         ({"lr": 1e30}, "Lower lr"),
         ({"steps": 0, "lr": -1}, "2 problems"),

@@ -214,6 +214,16 @@ def test_recoverability_is_a_short_fit_for_each_unit(setup):
     assert fewer.scores["layers.3"] == recoverability(net, blocks, "layers.3", data, steps=2, seed=1)
 
 
+@pytest.mark.parametrize("search", ["once", "greedy"])
+def test_every_unit_is_fitted_on_the_same_samples(setup, search):
+    net, blocks, _ = setup
+    data = [torch.randn(256, 5) for _ in range(8)]
+    options = {"by": "recoverability", "search": search, "depth": 2, "steps": 1}
+    wanted = resect.rank(net, blocks, data, **options)
+    assert resect.rank(net, blocks, iter(data), **options).scores == wanted.scores
+    assert len({*wanted.scores.values()}) > 1
+
+
 def test_controls_and_numbers_of_ones_own(setup):
     net, blocks, _ = setup
     assert [rung.units[-1] for rung in resect.rank(net, blocks, by="last").ladder] == [
@@ -276,9 +286,11 @@ def test_what_cannot_be_ranked_is_refused(setup):
         resect.rank(net, blocks, iter(data), search="greedy")
     with pytest.raises(BlocksError, match="nothing to rank"):
         resect.rank(net, blocks[:0], data)
+    for by in ("influence", "taylor", "lesion", "recoverability"):
+        for nothing in ([], [(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))]):
+            with pytest.raises(InputError, match="no samples"):
+                resect.rank(net, blocks, nothing, by=by)
     for by in ("influence", "taylor", "lesion"):
-        with pytest.raises(InputError, match="no samples"):
-            resect.rank(net, blocks, [], by=by)
         bad = [(torch.full((2, 5), math.nan), torch.zeros(2, dtype=torch.long))]
         with pytest.raises(InputError, match="NaN"):
             resect.rank(net, blocks, bad, by=by, metric="cross_entropy")

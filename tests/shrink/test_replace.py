@@ -327,6 +327,19 @@ def test_the_features_are_those_that_a_strided_convolution_sees(size, stride):
     assert torch.allclose(rows, rows_of(wanted, 1), atol=1e-5)
 
 
+def test_empty_batches_among_others_and_a_carrier_of_zeros():
+    torch.manual_seed(0)
+    net, x = Stream(Linear(6, bias=False), Curved(6), Curved(6)).eval(), torch.randn(3, 5)
+    blocks, data = found(net, x), batches(5)
+    plain = resect.replace(net, blocks, ["layers.1"], data)
+    sparse = resect.replace(net, blocks, ["layers.1"], [data[0], torch.zeros(0, 5), *data[1:]])
+    assert torch.equal(plain(x), sparse(x))
+    nn.init.zeros_(net.layers[0].down.weight)
+    small = resect.replace(net, blocks, ["layers.1"], data)
+    assert facts(small)[blocks.names[1]]["merged_into"] == "layers.0.down"
+    assert torch.equal(small(x), resect.remove(net, blocks, ["layers.1"])(x))
+
+
 class Normed(Stream):
     """Normalises after every addition: what one block hands on is not its sum."""
 
@@ -362,8 +375,14 @@ def test_bad_input():
     blocks = found(net, x)
     with pytest.raises(InputError, match="Unknown stand-in 'quadratic'"):
         resect.replace(net, blocks, ["layers.1"], batches(5), by="quadratic")
-    with pytest.raises(InputError, match="gave no batches"):
-        resect.replace(net, blocks, ["layers.1"], [])
+    for nothing in ([], [torch.zeros(0, 5)]):
+        with pytest.raises(InputError, match="gave no samples"):
+            resect.replace(net, blocks, ["layers.1"], nothing)
+    for bad in (0, -1):  # where it is fitted, where it is measured
+        data = batches(5)
+        data[bad][0, 0] = float("nan")
+        with pytest.raises(InputError, match=r"layers\.1\S*: .* not finite"):
+            resect.replace(net, blocks, ["layers.1"], data)
     with pytest.raises(InputError, match="replaces nothing"):
         resect.replace(net, blocks, [], batches(5))
     outside = Outside(Curved(6), Curved(6)).eval()

@@ -73,8 +73,8 @@ class LeastSquares:
             return torch.cat([xy.new_zeros(size, xy.shape[1]), xy[size:]])
         means = xx[-1, :size] if self.bias else xx.new_zeros(size)
         variance = (xx.diagonal()[:size] - means.square()).mean()
-        # A little above zero, so that features that never change do not make the system singular.
-        ridge = torch.clamp(strength * variance, min=1e-12 * xx.diagonal().mean())
+        # A little above zero, so that features that never change, or are all zero, do not make the system singular.
+        ridge = (strength * variance).clamp(min=1e-12 * xx.diagonal().mean()).clamp(min=torch.finfo(xx.dtype).tiny)
         penalty = torch.cat([ridge.expand(size), ridge.new_zeros(len(xx) - size)])
         return torch.linalg.solve(xx + penalty.diag(), xy)
 

@@ -25,7 +25,7 @@ from resect.blocks.trace import quiet
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError, check_all
 from resect.shrink.history import name_in
-from resect.shrink.samples import again_and_again, dealt, first_batches, joined, size_of
+from resect.shrink.samples import SAMPLES, again_and_again, dealt, first_batches, joined, size_of
 
 LR = 1e-3
 """Of AdamW, which needs no other rate for transformers: in 100 steps it came closer than SGD at PRACTISE's 0.02
@@ -42,7 +42,7 @@ def mimic(
     steps: int = 1000,
     lr: float = LR,
     batch_size: int | None = 64,
-    samples: int = 512,
+    samples: int = SAMPLES,
     at: str | None = None,
     seed: int = 0,
     forward: Forward = forward_batch,
@@ -76,7 +76,7 @@ def mimic(
 
     Raises
     ------
-    InputError: no data, features that do not fit together, nothing to learn, a loss that is not finite; ``small`` is
+    InputError: no samples, features that do not fit together, nothing to learn, a loss that is not finite; ``small`` is
         then as it was.
 
     >>> losses = resect.mimic(small, model, data)
@@ -182,7 +182,7 @@ def feature_distance(
             apart += float(distance(own["features"], wanted["features"])) * own["features"].numel()
             seen += own["features"].numel()
     if not seen:
-        raise InputError("The data gave no batches. Pass a list of batches or a DataLoader.")
+        raise InputError("The data gave no samples. Pass a list of batches or a DataLoader.")
     return apart / seen
 
 

@@ -20,6 +20,7 @@ from resect.shrink.costs import BlockCosts
 from resect.shrink.missed import Missed
 from resect.shrink.ranking import CONTROLS, Ranking, Rung
 from resect.shrink.recoverability import recoverability
+from resect.shrink.samples import first_batches
 from resect.shrink.streams import SCORES, stream_scores, unbroken
 from resect.shrink.taylor import taylor_scores
 
@@ -54,7 +55,8 @@ def rank(
     ----------
     model, blocks: left exactly as they are.
     data: batches; gone through several times by everything but one pass of ``influence``, ``angle``, ``size`` and
-        ``taylor``. ``random``, ``last`` and numbers of your own need none.
+        ``taylor``, and ``recoverability``, which keeps 512 samples for all fits. ``random``, ``last`` and numbers of
+        your own need none.
     by: the score; whatever it is, the lowest go first.
 
         - ``"lesion"``: how much the metric rises when the unit is closed. Exact.
@@ -179,8 +181,9 @@ def _scorer(
         return lambda gone, sets: taylor_scores(model, blocks, data, gone, sets, forward, **loss)
     if by == "recoverability":
         how: dict[str, Any] = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
+        kept = first_batches(model, data)  # drawn once: every unit is fitted on the same samples
         return lambda gone, sets: [
-            recoverability(model, blocks, (*gone, *names), data, forward=forward, **how) for names in sets
+            recoverability(model, blocks, (*gone, *names), kept, forward=forward, **how) for names in sets
         ]
     if by in SCORES:
         return lambda gone, sets: stream_scores(model, blocks, data, gone, sets, str(by), forward)
@@ -244,7 +247,7 @@ def option_mistakes(by: Any, unit: Any, search: Any, *, costs: bool = False, ste
 def _check_data(by: Any, search: Search, data: Any) -> None:
     if not isinstance(by, Mapping) and by not in CONTROLS and data is None:
         raise InputError(f"by={by!r} needs data: rank(model, blocks, data).")
-    if search in ("greedy", "beam") and iter(data) is data:
+    if search in ("greedy", "beam") and by != "recoverability" and iter(data) is data:
         raise InputError(
             "The data is an iterator that runs dry after one pass, and this search takes several: list(data)."
         )

@@ -14,7 +14,7 @@ from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.unwrap import unwrap
 from resect.shrink.mimic import LR, feature_distance, fit, inputs_of
 from resect.shrink.remove import copied
-from resect.shrink.samples import dealt, first_batches, joined, size_of
+from resect.shrink.samples import SAMPLES, dealt, first_batches, joined, size_of
 
 
 def recoverability(
@@ -26,7 +26,7 @@ def recoverability(
     steps: int = 50,
     lr: float = LR,
     batch_size: int = 64,
-    samples: int = 512,
+    samples: int = SAMPLES,
     at: str | None = None,
     seed: int = 0,
     forward: Forward = forward_batch,

@@ -27,7 +27,7 @@ from resect.shrink.history import REPLACED, grown, unspent
 from resect.shrink.least_squares import LeastSquares
 from resect.shrink.merge import Projection, projection_of
 from resect.shrink.remove import Names, Removed, copied, remove
-from resect.shrink.samples import first_batches
+from resect.shrink.samples import SAMPLES, first_batches
 from resect.shrink.seen import Seen, channels, rows_of, seen, strided
 from resect.shrink.standin import filled, hindrance, linear_of, stand_in
 
@@ -41,7 +41,7 @@ def replace(
     data: Iterable[Any],
     *,
     by: Literal["linear"] = "linear",
-    samples: int = 512,
+    samples: int = SAMPLES,
     forward: Forward = forward_batch,
     compact: bool = False,
 ) -> nn.Module:
@@ -74,7 +74,8 @@ def replace(
 
     Raises
     ------
-    InputError: no data, blocks that cannot be replaced (all are listed, with the reasons), or what ``remove`` raises.
+    InputError: no samples, values that are not finite, blocks that cannot be replaced (all are listed, with the
+        reasons), or what ``remove`` raises.
     """
     if by != "linear":
         raise unknown("stand-in", by, ("linear",))
@@ -146,7 +147,14 @@ def _fit(
 
     def both(batch: Any) -> tuple[Seen, Seen]:
         with quiet(model), quiet(small):
-            return seen(model, blocks, run[-1].name, batch, forward), seen(small, blocks, carrier.name, batch, forward)
+            wanted = seen(model, blocks, run[-1].name, batch, forward)
+            here = seen(small, blocks, carrier.name, batch, forward)
+        for name, values in ((run[-1].name, wanted), (carrier.name, here)):
+            if not values.sum.isfinite().all():
+                raise InputError(
+                    f"{name}: its sum is not finite on these data. Look at the inputs, and at the weights up to there."
+                )
+        return wanted, here
 
     for batch in fitting:
         wanted, here = both(batch)

@@ -14,17 +14,21 @@ from resect.blocks.example import device_of, to_device
 from resect.blocks.template import tensors_in
 from resect.errors import InputError
 
+SAMPLES = 512
+"""How many are kept where nothing else is said."""
 
-def first_batches(model: nn.Module, data: Iterable[Any], samples: int) -> list[Any]:
-    """Keep the first batches, until there are enough samples, on the model's device."""
+
+def first_batches(model: nn.Module, data: Iterable[Any], samples: int = SAMPLES) -> list[Any]:
+    """Keep the first batches, until there are enough samples, on the model's device; an empty one is left out."""
     found, count, device = [], 0, device_of(model)
     for batch in data:
-        found.append(to_device(batch, device))
+        if size_of(batch):
+            found.append(to_device(batch, device))
         count += size_of(batch)
         if count >= samples:
             break
     if not found:
-        raise InputError("The data gave no batches. Pass a list of batches or a DataLoader.")
+        raise InputError("The data gave no samples. Pass a list of batches or a DataLoader.")
     return found
 
 
@@ -63,16 +67,18 @@ def _rows(rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 def again_and_again(data: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of ``data`` for ever.
+    """Yield the batches of ``data`` for ever, those without samples left out.
 
     Raises ``InputError`` where there are none, or none the second time.
     """
     while True:
-        batch = None
+        count = 0
         for batch in data:
-            yield batch
-        if batch is None:
+            if size_of(batch):
+                count += 1
+                yield batch
+        if not count:
             raise InputError(
-                "The data gave no batches, or is an iterator that ran dry after one pass. Pass a list of batches or a "
+                "The data gave no samples, or is an iterator that ran dry after one pass. Pass a list of batches or a "
                 "DataLoader."
             )

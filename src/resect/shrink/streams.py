@@ -18,6 +18,7 @@ from resect.blocks.gate import gates
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.unwrap import eager
 from resect.errors import BlocksError, InputError, quoted
+from resect.shrink.samples import size_of
 
 Set = tuple[str, ...]
 """Names of neighbouring blocks, in order."""
@@ -124,6 +125,8 @@ def stream_scores(
                 handle[block.name].join_by(Join(values, block))
         model.eval()
         for batch in data:
+            if not size_of(batch):
+                continue
             batch = to_device(batch, device_of(model))
             values.begin(batch)
             forward(model, batch)
