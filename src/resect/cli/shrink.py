@@ -122,7 +122,7 @@ def shrink(
     check_fit(opened, blocks, wishes)
 
     def say(line: str) -> None:
-        err.print(line, highlight=False)
+        err.print(line, highlight=False, soft_wrap=True)
 
     if to is None or dry:
         with progress_bar(err) as display:
