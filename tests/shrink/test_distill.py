@@ -114,6 +114,26 @@ class Tokens(nn.Module):
         return {"loss": h.sum(), "logits": self.head(h)}
 
 
+def test_passes_without_a_gradient_in_between_change_nothing():
+    small, net, x = pair()
+    with resect.Distillation(small, net, features="layers.3") as distil:
+        small(x)
+        expected = distil.extra_loss()
+        small(x)
+        with torch.no_grad():
+            small(x + 1)
+            small.eval()(x + 2)
+        small.train()
+        loss = distil.extra_loss()
+        assert loss.item() == expected.item()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in small.layers[0].parameters())
+        with pytest.raises(RuntimeError):
+            small(x[:, :1])  # ends before its output
+        with pytest.raises(AttachError, match="comes after a forward pass"):
+            distil.extra_loss()
+
+
 def test_padding_does_not_count():
     torch.manual_seed(0)
     student, teacher, ids = Tokens().train(), Tokens(), torch.randint(9, (3, 5))

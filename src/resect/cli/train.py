@@ -35,8 +35,10 @@ def train(
     from resect.lab.display import progress_bar
     from resect.lab.interrupt import Interrupted
     from resect.lab.jobs import write_plan
+    from resect.lab.memory import keep_freed_memory
     from resect.lab.trainer import train as run
 
+    keep_freed_memory()
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     speaks, tells = (err, out) if first else (Console(quiet=True), Console(quiet=True))
     folder, wanted = runs.wanted(recipe, changes or (), to, resume, start)

@@ -21,6 +21,7 @@ from resect.blocks.plan import Plan
 from resect.files import write_text
 from resect.lab.data import in_batches, mean_std, normalize, open_data
 from resect.lab.data import load as load_data
+from resect.lab.memory import keep_freed_memory
 from resect.lab.progress import Progress, Tell
 from resect.lab.recipe import Recipe, parse
 from resect.lab.removal import removal
@@ -134,11 +135,12 @@ _queue: SimpleQueue[Any] | None = None
 
 
 def _begin(queue: SimpleQueue[Any]) -> None:
-    """Prepare a worker: one thread, and Ctrl-C left to the parent."""
+    """Prepare a worker: one thread, memory kept from step to step, and Ctrl-C left to the parent."""
     global _queue
     _queue = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _run_there(job: Job) -> None:

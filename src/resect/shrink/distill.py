@@ -76,7 +76,7 @@ class Distillation:
         self._check()
         self._there = {name: Place(name) for name in self.features} | {OUTPUT: Place("")}
         self._here = {name: Place(name_in(self.student, name)) for name in self.features} | {OUTPUT: Place("")}
-        self._called: tuple[Any, Any, torch.autocast] | None = None
+        self._called: tuple[Any, Any, torch.autocast, dict[str, Tensor]] | None = None
         self._own: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
         self._attached = False
@@ -114,7 +114,7 @@ class Distillation:
             undo.enter_context(kept_modes(self.teacher))
             self.teacher.eval()
             self._own = undo.enter_context(tapped(self.student, self._here))
-            hook = self.student.register_forward_pre_hook(Hook(self._watch), with_kwargs=True)
+            hook = self.student.register_forward_hook(Hook(self._watch), with_kwargs=True)
             undo.callback(hook.remove)
             self._undo = undo.pop_all()
         self._attached, self._called = True, None
@@ -154,9 +154,7 @@ class Distillation:
                 "Distillation.extra_loss() comes after a forward pass of the student in train mode, inside `with "
                 "distil:`, once for each."
             )
-        (args, kwargs, precision), self._called = self._called, None
-        own = dict(self._own)
-        self._own.clear()
+        (args, kwargs, precision, own), self._called = self._called, None
         inputs = _as_taken(self.teacher, (args, kwargs), precision)
         with torch.no_grad(), precision, tapped(self.teacher, self._there) as wanted:
             self.teacher(*inputs[0], **inputs[1])
@@ -194,13 +192,18 @@ class Distillation:
         differing = [f"{key} was {state.get(key)!r}, and is {now[key]!r}" for key in now if state.get(key) != now[key]]
         check_all(differing, "This state was saved by a Distillation that was made otherwise")
 
-    def _watch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.student.training and torch.is_grad_enabled() and not is_recomputing():
+    def _watch(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Keep what a pass that trains was called with, and what it gave, until its loss is asked for."""
+        if is_recomputing():
+            return
+        own = dict(self._own)
+        self._own.clear()
+        if self.student.training and torch.is_grad_enabled():
             device = (device_of(self.student) or torch.device("cpu")).type
             precision = torch.autocast(
                 device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
             )
-            self._called = (args, kwargs, precision)
+            self._called = (args, kwargs, precision, own)
 
 
 def divergence(own: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -101,8 +101,9 @@ def shrink_report(
             (f"−{100 * (1 - count_flops(nets[last], images[:1]) / whole):.0f} %", "FLOPs"),
             (f"{100 * (errors[last][0] - errors['uncut'][0]):+.2f} points".replace("-", "−"), "test error"),
         ]
-        write_report(work, f"{opened.name} without {len(gone)} of its {len(blocks)} blocks", _told(plan),
-                     _sections(summary, list(nets), missing), provenance(images=len(labels)), highlights)  # fmt: skip
+        title = f"{opened.name} without {len(gone)} of its {len(blocks)} blocks"
+        sections = _sections(summary, list(nets), missing, batch)
+        write_report(work, title, _told(plan), sections, provenance(images=len(labels)), highlights)
     return folder / "report.html"
 
 
@@ -176,15 +177,16 @@ def _told(plan: Plan) -> str:
     )
 
 
-def _sections(summary: list[dict[str, Any]], nets: list[str], missing: Mapping[str, str]) -> list[Section]:
+def _sections(summary: list[dict[str, Any]], nets: list[str], missing: Mapping[str, str], batch: int) -> list[Section]:
     best = {name: "low" for name in summary[0] if name != "net"}
     best = {name: "high" if name.startswith("throughput") else "low" for name in best}
     return [
         Section("What it costs and buys", "", table=summary, best=best,
                 note="Activations: the most memory that results take at once during a pass of one image."
                 + " No cut shape was trained from scratch, which is often as good." * ("from scratch" not in nets)),
-        Section("Error against speed", "Milliseconds of the lines are predicted from measured blocks; single nets "
-                "stand at their measured share of the uncut one. Nothing on lines is retrained.", figure="cut_trade"),
+        Section("Error against speed", f"Milliseconds are of batches of {batch}: on the lines predicted from "
+                "measured blocks; single nets stand at their measured share of the uncut one. Nothing on lines is "
+                "retrained.", figure="cut_trade"),
         Section("What went", "", figure="chain"),
         Section("Class by class", "", figure="cut_classes"),
         Section("Measured latency", "", figure="cut_latency",
