@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, of, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, of, say, with_blocks, write_out
 from resect.errors import InputError
 
 _RANDOM = typer.Option("--random", help="numbers of blocks to close at random: 1,2,4")
@@ -106,7 +106,7 @@ def lesion(
         opened, blocks, batches = with_blocks(model, option, data, data_option, limit, 8 if text else 128)
         found = _study(opened.model, blocks, batches, metric=metric, draws=draws, seed=seed, store=store, **wanted)
         about = of(opened, batches)
-        out.print(str(found), highlight=False, soft_wrap=True)
+        say(str(found))
         if net_beside is not None:
             other, of_other = _without_shortcuts(net_beside, metric)
             rows = [*found.rows(), *(row | {"net": of_other["model"], "stage": None} for row in other.rows)]
@@ -143,7 +143,7 @@ def _without_shortcuts(plain: Plain, metric: str) -> tuple[Any, dict[str, Any]]:
     with progress_bar(err) as display:
         rows = delete_each_layer(opened.model, batches, metric, partial(display.steps, "layers"))
     whole = f"{opened.label}: {metric} of the whole model {rows[0]['baseline']:.4g}; with one layer deleted:"
-    out.print(whole, highlight=False, soft_wrap=True)
+    say(whole)
     for row in rows:
-        out.print(f"  {row['label']:<32} {row['change']:+.4g}", highlight=False)
+        say(f"  {row['label']:<32} {row['change']:+.4g}")
     return Measurements("lesion", rows, {}), of(opened, batches)

@@ -26,6 +26,17 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+
+def say(text: str) -> None:
+    """Print a part of the result as it is: for files and pipes its lines are whole, and brackets are no markup."""
+    out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def remark(text: str, style: str | None = None) -> None:
+    """Print on stderr, as it is, what is not part of the result."""
+    err.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -69,10 +80,10 @@ def with_blocks(
     blocks = resect.find_blocks(opened.model, opened.example())
     need_blocks(opened.name, blocks)
     if not warned_of_random(opened) and opened.gated:
-        err.print("[yellow]Trained with a gate, measured without: every block is open here.[/yellow]")
+        remark("Trained with a gate, measured without: every block is open here.", "yellow")
     if isinstance(opened.data, TextData):
         count, length = opened.data.sequences.shape
-        err.print(f"{opened.data.name}: {count} sequences of {length} {opened.data.tokens}.", highlight=False)
+        remark(f"{opened.data.name}: {count} sequences of {length} {opened.data.tokens}.")
     return opened, blocks, batches
 
 
@@ -80,7 +91,7 @@ def warned_of_random(opened: Any) -> bool:
     """Warn where a model's weights are random; returns whether they are."""
     random = opened.recipe is None and not opened.pretrained
     if random:
-        err.print(f"[yellow]{opened.name} has random weights: the numbers say nothing about a trained model.[/yellow]")
+        remark(f"{opened.name} has random weights: the numbers say nothing about a trained model.", "yellow")
     return random
 
 
@@ -97,7 +108,7 @@ def write_out(found: Any, folder: Path, format: str, about: dict[str, Any], seed
     from resect.report.draw import draw
 
     for path in draw(found, folder, format=format, seeds=seeds, about=about, **options):
-        out.print(f"{'Figure' if path.suffix == '.png' else 'Measurements'}: {path}", highlight=False, soft_wrap=True)
+        say(f"{'Figure' if path.suffix == '.png' else 'Measurements'}: {path}")
 
 
 def of(opened: Any, batches: list[Any]) -> dict[str, Any]:

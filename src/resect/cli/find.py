@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from resect.cli.common import Model, Options, app, err, out
+from resect.cli.common import Model, Options, app, out, remark, say
 from resect.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def find(
         _show(opened.name, blocks, len(found))
     if graph is not None:
         _draw(opened.name, blocks, graph)
-        (err if as_json else out).print(f"Picture: {graph}", highlight=False, soft_wrap=True)
+        (remark if as_json else say)(f"Picture: {graph}")
 
 
 def _chosen(blocks: Blocks, kind: str | None, part: str | None, stage: int | None, match: str | None) -> Blocks:
@@ -72,7 +72,7 @@ def _show(name: str, blocks: Blocks, of: int) -> None:
     from resect.blocks import show
 
     if of and not blocks:
-        out.print(f"{name}: none of its {show.count(of, 'residual block')} is meant.", soft_wrap=True, highlight=False)
+        say(f"{name}: none of its {show.count(of, 'residual block')} is meant.")
         return
     width = shutil.get_terminal_size().columns if out.is_terminal or "COLUMNS" in os.environ else 0
     chosen = f" ({len(blocks)} of {of} shown)" if len(blocks) < of else ""

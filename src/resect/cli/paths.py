@@ -7,7 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Model, Options, Out, app, err, of, out, with_blocks, write_out
+from resect.cli.common import (
+    Data,
+    DataOptions,
+    Format,
+    Model,
+    Options,
+    Out,
+    app,
+    err,
+    of,
+    out,
+    say,
+    with_blocks,
+    write_out,
+)
 
 
 @app.command()
@@ -67,7 +81,7 @@ def paths(
             through = resect.block_gradients(opened.model, blocks, batches[0], loss_fn, at=at, progress=steps)
     for when, one in found.items():
         if initial:
-            out.print(f"\n{when}:")
+            say(f"\n{when}:")
         _print_lengths(one)
     if through is not None:
         _print_blocks(through)
@@ -100,7 +114,7 @@ def _print_lengths(found: Any) -> None:
     if found.max_length is None:
         wanted = [("norm_of_sum", "Norm of the sum"), ("sum_of_norms", "Sum of the norms")]
         for quantity, name in wanted[: 1 + sampled]:
-            out.print(f"{name}: {_said(found.effective(quantity))}", highlight=False, soft_wrap=True)
+            say(f"{name}: {_said(found.effective(quantity))}")
 
 
 def _said(effective: Any) -> str:
@@ -112,7 +126,7 @@ def _print_blocks(through: Any) -> None:
     """Print what comes through each block's branch and past it."""
     from rich.table import Table
 
-    out.print("\nThe gradient through each branch, and past it:")
+    say("\nThe gradient through each branch, and past it:")
     table = Table(box=None, pad_edge=False)
     table.add_column("block")
     for column in ("through", "past", "share"):

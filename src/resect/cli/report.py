@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resect.cli.common import app, err, out
+from resect.cli.common import app, err, say
 
 
 @app.command()
@@ -24,10 +24,10 @@ def report(
     from resect.report.html import redraw
 
     if source.is_dir() and (source / "report.json").is_file():
-        out.print(f"Report: {redraw(source)}", highlight=False, soft_wrap=True)
+        say(f"Report: {redraw(source)}")
         return
     for picture in redraw_measurements(source):
-        out.print(f"Figure: {picture}", highlight=False, soft_wrap=True)
+        say(f"Figure: {picture}")
 
 
 @app.command()
@@ -47,4 +47,4 @@ def demo(
 
     with progress_bar(err) as display:
         page = (cross_validate if full else run)(to, display, epochs=epochs, seed=seed)
-    out.print(f"Report: {page}")
+    say(f"Report: {page}")

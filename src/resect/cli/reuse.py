@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Format, Options, Out, app, err, of, out, with_blocks, write_out
+from resect.cli.common import Data, DataOptions, Format, Options, Out, app, err, of, out, remark, with_blocks, write_out
 
 if TYPE_CHECKING:
     from resect import BlockResponse
@@ -119,7 +119,7 @@ def _show(net: str, found: BlockResponse, epsilon: float, sizes: list[int]) -> N
         style="dim",
     )
     for name, reason in found.left_out.items():
-        err.print(f"[yellow]Left out: {name}: {reason}.[/yellow]")
+        remark(f"Left out: {name}: {reason}.", "yellow")
 
 
 def _cell(value: float | None, form: str) -> str:

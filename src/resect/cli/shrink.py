@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from resect.cli.common import Data, DataOptions, Model, Options, app, err, need_blocks, out, warned_of_random
+from resect.cli.common import Data, DataOptions, Model, Options, app, err, need_blocks, remark, say, warned_of_random
 from resect.errors import FileError, InputError, ResectError
 
 _FEWER = typer.Option("--fewer", help="the share to lose at least: latency=0.3,flops=0.2,parameters=0.1")
@@ -121,27 +121,24 @@ def shrink(
     warned_of_random(opened)
     check_fit(opened, blocks, wishes)
 
-    def say(line: str) -> None:
-        err.print(line, highlight=False, soft_wrap=True)
-
     if to is None or dry:
         with progress_bar(err) as display:
-            chosen = choose_plan(opened, blocks, wishes, display, say)
-        out.print(str(chosen), highlight=False)
+            chosen = choose_plan(opened, blocks, wishes, display, remark)
+        say(str(chosen))
         for line in expected(opened, blocks, chosen, wishes):
-            out.print(line, highlight=False)
+            say(line)
         if rounds > 1:
-            out.print("That is in one cut. In rounds, which blocks go is asked anew of what was healed.")
-        out.print("A dry run: nothing was cut or written.")
+            say("That is in one cut. In rounds, which blocks go is asked anew of what was healed.")
+        say("A dry run: nothing was cut or written.")
         return
     kept = Unfinished.of(to, opened, wishes)
     if resume and not kept.plans:
-        say(f"Nothing was kept in {kept.folder}: this begins anew.")
+        remark(f"Nothing was kept in {kept.folder}: this begins anew.")
     with progress_bar(err) as display:
         try:
-            small = (cut_in_rounds if rounds > 1 else cut)(opened, blocks, wishes, kept, display, say)
+            small = (cut_in_rounds if rounds > 1 else cut)(opened, blocks, wishes, kept, display, remark)
         except Interrupted as stopped:
-            say(f"{stopped} The same command with --resume goes on from there.")
+            remark(f"{stopped} The same command with --resume goes on from there.")
             raise typer.Exit(130) from None
         except ResectError as error:
             if not (kept.trained or isinstance(error, FileError)):  # to go on would end here again
@@ -152,10 +149,10 @@ def shrink(
     save_cut(small, to, opened)
     kept.done()
     for line in told(opened, blocks, small, found, wishes):
-        out.print(line, highlight=False)
-    out.print(f"The cut model is in {to}.")
+        say(line)
+    say(f"The cut model is in {to}.")
     if export:
-        out.print(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
+        say(f"Exported and compared: {resect.export(small, export, example=opened.example())}.")
     if report:
         from resect.lab.scratch import from_scratch, scratch_folder
         from resect.lab.shrink.report import shrink_report
@@ -169,4 +166,4 @@ def shrink(
             nets[f"cut, then {theme.plural(wishes.epochs, 'epoch')}" if recover else "cut"] = small
             costs = costs_of(opened, blocks)
             page = shrink_report(report, opened, blocks, gone, nets, block_costs=costs, say=display.steps)
-        out.print(f"The report is {page}.")
+        say(f"The report is {page}.")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from resect.cli.common import app, err, out
+from resect.cli.common import app, err, remark, say
 
 
 @app.command()
@@ -40,16 +40,16 @@ def train(
 
     keep_freed_memory()
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    speaks, tells = (err, out) if first else (Console(quiet=True), Console(quiet=True))
+    told = remark if first else lambda _: None
     folder, wanted = runs.wanted(recipe, changes or (), to, resume, start)
     again = shlex.join(["resect", "train", str(folder), "--resume"])
-    with progress_bar(speaks) as display:
+    with progress_bar(err if first else Console(quiet=True)) as display:
         tell = display.training(wanted.model.name, wanted.train.batch_size)
         try:
-            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=speaks.print)
+            result = run(wanted, folder, resume=resume, interruptible=True, progress=tell, say=told)
         except Interrupted as stopped:
-            speaks.print(f"{stopped} Go on with:\n  {again}", soft_wrap=True, highlight=False)
+            told(f"{stopped} Go on with:\n  {again}")
             raise typer.Exit(130) from None
     if first:
         write_plan(result, wanted)
-    tells.print(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")
+        say(f"Test error {result.history[-1]['test_error']:.2f} %. The run is in {folder}.")
