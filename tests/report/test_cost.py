@@ -117,3 +117,23 @@ def test_bad_options() -> None:
         cost.latency({}, rounds=1)
     with pytest.raises(InputError, match="batches"):
         cost.latency({"a": lambda: None}, batches=(1,))
+
+
+class Caches(nn.Module):
+    """Keeps what its first pass computed, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(4, 4), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = torch.arange(4.0)
+        return self.linear(x) * self.kept
+
+
+def test_a_model_that_was_first_run_to_be_timed_can_be_trained() -> None:
+    model, x = Caches(), torch.randn(2, 4)
+    cost.latency({"it": (model, x)}, rounds=2)
+    model(x).sum().backward()
+    assert model.linear.weight.grad is not None

@@ -46,7 +46,7 @@ def latency(
         raise InputError("batches= needs every variant as (model, example): a callable brings its own data.")
     models = [variant[0] for variant in variants.values() if isinstance(variant, tuple)]
     rows = []
-    with kept_modes(*models), torch.inference_mode():
+    with kept_modes(*models), torch.no_grad():
         for model in models:
             model.eval()
         for batch in [None] if batches is None else batches:

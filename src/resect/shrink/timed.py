@@ -47,7 +47,7 @@ def timed(whole: nn.Module, bare: nn.Module, blocks: Blocks, example: Example, r
     _check(blocks)
     watches = [_Watch(net, blocks, example) for net in (whole, bare)]
     stretches: list[list[list[float]]] = [[], []]
-    with torch.inference_mode():
+    with torch.no_grad():
         for number in range(_WARMUP + rounds):
             for watch, rows in zip(watches, stretches, strict=True):
                 row = watch.run()

@@ -34,7 +34,7 @@ def measured(
     """Time a network in eval mode, whole and without some blocks, in turns; the model is left as it is."""
     nets = {"whole": model, "cut": without(model, blocks, names).eval()}
     found: Times = {}
-    with kept_modes(model), torch.inference_mode():
+    with kept_modes(model), torch.no_grad():
         model.eval()
         for batch in batches:
             inputs = resized(Example.of(example).to(device_of(model)), batch)

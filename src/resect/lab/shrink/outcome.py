@@ -49,7 +49,7 @@ def outcome(opened: Opened, small: nn.Module, limit: int) -> dict[str, Any]:
 
 def _perplexity(model: nn.Module, batches: list[Any]) -> float:
     metric, total, count = metric_named("perplexity"), 0.0, 0
-    with kept_modes(model), torch.inference_mode():
+    with kept_modes(model), torch.no_grad():
         model.eval()
         for batch in batches:
             values = metric(forward_batch(model, batch), batch)

@@ -58,7 +58,7 @@ def _compiled() -> Ready:
         here = example.to(device_of(model))
         alone: dict[str, Any] = {"isolate_recompiles": True}  # torch's overloads do not know it yet
         net = torch.compile(copy.deepcopy(model), dynamic=False, **alone)
-        with torch.inference_mode():  # as it is timed: a graph made in another mode would be made again
+        with torch.no_grad():  # as it is timed: a graph made in another mode would be made again
             net(*here.args, **here.kwargs)
         return lambda: net(*here.args, **here.kwargs)
 
