@@ -525,3 +525,54 @@ def test_the_plan_holds_the_evidence(setup):
         wanted = max(float(net.layers[0].a(net.stem(scale * x)).abs().max()) for scale in (2, 1))
     assert plan.evidence["largest_in_data"][first] == pytest.approx(wanted)
     assert resect.Plan.from_json(plan.to_json()) == plan
+
+
+def test_skipped_blocks_stand_still_without_gradients_of_none_too(setup):
+    net, x, blocks = setup
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    epsilon = between(responses(net, x, blocks).values())
+    muted = next(name for name, value in responses(net, x, blocks).items() if value <= epsilon)
+    weight = next(net.get_submodule(blocks[muted].modules[0]).parameters())
+    method = resect.EpsilonGate(net, blocks, epsilon=epsilon, skip_muted_after=1, muted_at_start="allow")
+    with method:
+        for number in range(4):
+            before = weight.detach().clone()
+            method.begin_step()
+            net(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            assert torch.equal(weight, before) == (number > 0)
+
+
+def test_a_state_loaded_while_attached_mutes_at_once(setup):
+    net, x, blocks = setup
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    late = {"epsilon": resect.schedules.StartAt(1e9, 2), "optimizer": optimizer}
+    with resect.EpsilonGate(net, blocks, **late) as method:
+        for _ in range(3):
+            step(method, net, x, optimizer)
+        state = copy.deepcopy(method.state_dict())
+        expected = net.eval()(x)
+    with resect.EpsilonGate(net.train(), blocks, **late) as again:
+        again.load_state_dict(state)
+        assert torch.equal(net.eval()(x), expected)
+    assert not torch.equal(net(x), expected)
+
+
+class Window(nn.Module):
+    """A block of a stream (N, H, W, C), as Swin's."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+def test_side_supervision_finds_the_channels_of_a_stream_that_ends_in_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), *[Window() for _ in range(6)], nn.Flatten(), nn.Linear(120, 2))
+    x = torch.randn(2, 5, 4, 3)
+    method = resect.EpsilonGate(net, resect.find_blocks(net, x), epsilon=0.0, side=0.1)
+    assert sorted(tuple(p.shape) for p in method.parameters()) == [(2,), (2, 6), (6,), (6,)]

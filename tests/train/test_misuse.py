@@ -262,11 +262,12 @@ def test_own_dropping_stays_off_until_the_last_method_goes():
     net, x = nn.Sequential(*[Block() for _ in range(12)]), torch.randn(8, 4)
     blocks = resect.find_blocks(net, x)
     first = resect.StochasticDepth(net, blocks[:6], own_drop="replace").attach()
+    net[0].drop.drop_prob = 0.4  # by hand, meanwhile
     second = resect.EffectivePaths(net, blocks[6:], keep=2, own_drop="replace").attach()
     first.detach()
     assert {block.drop.drop_prob for block in net} == {0.0}
     second.detach()
-    assert {block.drop.drop_prob for block in net} == {0.3}
+    assert [block.drop.drop_prob for block in net] == [0.4, *[0.3] * 11]
     with pytest.raises(AttachError, match="EpsilonGate would act on top of that"):
         resect.EpsilonGate(net, blocks, epsilon=1e-6).attach()
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from chains import batches, chain
+from torch import nn
 
 import resect
 from resect.errors import InputError
@@ -77,3 +78,21 @@ def test_unknown_controls_are_named():
     net, _, blocks = chain()
     with pytest.raises(InputError, match=r"Unknown control 'fresh'. Did you mean 'fresh-mask'"):
         resect.droppath_control("fresh", net, blocks)
+
+
+class Frozen(nn.BatchNorm1d):
+    """Stays in eval mode, as detection backbones freeze their norms."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_norms_that_stay_in_eval_mode_work_with_what_they_have():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), Frozen(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    net[1].running_mean.fill_(2.0)
+    before = copy.deepcopy(net[1].state_dict())
+    x = torch.randn(32, 3)
+    resect.recalibrate(net, [(x, None)])
+    assert all(torch.equal(value, before[name]) for name, value in net[1].state_dict().items())
+    assert torch.allclose(net[3].running_mean, net[:3](x).mean(0), atol=1e-5)

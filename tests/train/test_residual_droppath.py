@@ -416,3 +416,88 @@ def test_the_control_with_a_random_subset_updated(keep):
             learning = {f"layers.{i}" for i, stays in enumerate(draw_subset(keep, 7, 0, number)) if stays}
             rest = {"stem.0", "stem.1", "head.weight", "head.bias"}
             assert moved(before, snapshot(net, optimizer)) == learning | rest
+
+
+def test_per_sample_blocks_that_cannot_drop_learn_in_drop_steps():
+    net, _, blocks = chain()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    rule = [1.0, 0, 0, 0, 0, 0, 0]
+    with resect.ResidualDroppath(net, blocks, drop_prob=1.0, rule=rule, per="sample", optimizer=optimizer) as method:
+        before = twin(net)
+        step(net, method, optimizer, batches(1)[0])
+    still = [torch.equal(a.up.weight, b.up.weight) for a, b in zip(net.layers, before.layers, strict=True)]
+    assert still == [True, *[False] * 6]
+
+
+def test_per_sample_a_block_in_eval_mode_is_left_whole():
+    net, _, blocks = chain()
+    net.train()
+    net.layers[3].eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with resect.ResidualDroppath(
+        net, blocks, drop_prob=0.9, rule="uniform", per="sample", optimizer=optimizer
+    ) as method:
+        for batch in batches(6, 2):
+            before = net.layers[3].up.weight.detach().clone()
+            step(net, method, optimizer, batch)
+            assert not torch.equal(net.layers[3].up.weight, before)
+
+
+def test_closed_blocks_of_a_dropped_run_stand_still_without_gradients_of_none_too():
+    net, _, blocks = chain()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with resect.ResidualDroppath(net, blocks, **TWO, forward="dropped", update="all", optimizer=optimizer) as method:
+        for number, batch in enumerate(batches(4)):
+            before = snapshot(net, optimizer)
+            step(net, method, optimizer, batch, to_none=False)
+            changed = {name for name in moved(before, snapshot(net, optimizer)) if name.startswith("layers")}
+            if number % 2:
+                assert changed == {"layers.2", "layers.5"}
+
+
+def test_a_loop_left_in_the_warmup_leaves_nothing_out():
+    net, _, blocks = chain()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with resect.ResidualDroppath(net, blocks, data="same", warmup=8, optimizer=optimizer) as method:
+        for _ in range(8):
+            for batch in method.batches(batches(2)):
+                step(net, method, optimizer, batch)
+                break
+        assert method.steps == 8
+
+
+def test_a_loop_left_in_the_middle_of_a_batch_is_known_to_a_resume():
+    def kinds(method, net, optimizer):
+        for batch in method.batches(batches(2)):
+            step(net, method, optimizer, batch)
+            yield method.kind
+            if len(seen) == 3:
+                break
+
+    options = {**TWO, "data": "same"}
+    net, _, blocks = chain()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with resect.ResidualDroppath(net, blocks, **options, optimizer=optimizer) as method:
+        seen = []
+        for kind in kinds(method, net, optimizer):
+            seen.append(kind)
+        assert seen == ["drop", "dropped-only", "drop"]
+        state = method.state_dict()
+    with resect.ResidualDroppath(net, blocks, **options, optimizer=optimizer) as method:
+        method.load_state_dict(copy.deepcopy(state))
+        seen = []
+        for kind in kinds(method, net, optimizer):
+            seen.append(kind)
+        assert seen == ["drop", "dropped-only", "drop"]
+
+
+def test_micro_batches_of_another_size_are_told():
+    net, _, blocks = chain()
+    method = resect.ResidualDroppath(net, blocks, **TWO, data="same", consistency=1.0)
+    with method:
+        for number, (x, _) in enumerate(method.batches(batches(1))):
+            method.begin_step()
+            net(x[: 8 + 8 * number])
+            if number:
+                with pytest.raises(InputError, match=r"gives logits \(16, 3\), its drop step \(8, 3\)"):
+                    method.extra_loss()

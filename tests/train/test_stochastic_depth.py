@@ -349,3 +349,29 @@ def test_per_sample_needs_the_batch_first():
     blocks = resect.find_blocks(net, x)
     with pytest.raises(AttachError, match=r"'layers\.0' is 5 for a batch of 3"):
         resect.StochasticDepth(net, blocks, per="sample").attach()
+
+
+def test_finalize_folds_once():
+    net, x, blocks = chain()
+    method = resect.StochasticDepth(net, blocks, drop_prob=0.5, scaling="paper")
+    with method:
+        expected = net.eval()(x)
+    factors = method.finalize()
+    assert method.finalize() == factors
+    assert torch.allclose(net(x), expected, atol=1e-5)
+
+
+def test_drop_path_under_another_name_is_the_models_own_too():
+    class SwinDropPath(nn.Module):  # as transformers call theirs
+        drop_prob = 0.25
+
+        def forward(self, x):
+            return x
+
+    net, _, blocks = chain()
+    net.drop = SwinDropPath()
+    with pytest.raises(AttachError, match=r"drop.drop_prob = 0.25"):
+        resect.StochasticDepth(net, blocks).attach()
+    with resect.StochasticDepth(net, blocks, own_drop="replace"):
+        assert net.drop.drop_prob == 0
+    assert net.drop.drop_prob == 0.25

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.nesting import lies_in
 
 
 @dataclass(frozen=True)
@@ -82,24 +83,12 @@ def chain_of(blocks: Blocks) -> Chain:
 
 
 def _around(block: ResidualBlock, blocks: Blocks) -> str | None:
-    """Return the block in whose branch this one lies: all that it intercepts is, or lies in, a module of that branch.
+    """Return the block in whose branch this one lies; of several, the one whose addition comes next.
 
-    Of several, the one whose addition comes next: sums are numbered in the order of execution.
+    Sums are numbered in the order of execution.
     """
-
-    def holds(outer: ResidualBlock) -> bool:
-        return outer.sum > block.sum and all(
-            any((name, call) == top or name.startswith(f"{top[0]}.") for top in _own(outer))
-            for name, call in _own(block)
-        )
-
-    around = min((outer for outer in blocks if holds(outer)), key=lambda outer: outer.sum, default=None)
+    around = min((outer for outer in blocks if lies_in(block, outer)), key=lambda outer: outer.sum, default=None)
     return around.name if around is not None else None
-
-
-def _own(block: ResidualBlock) -> list[tuple[str, int | None]]:
-    """Return what is intercepted of a block, with the numbers of the calls."""
-    return [*zip(block.modules, block.calls, strict=True), *((name, block.owner_call) for name in block.raw_parameters)]
 
 
 def chain_from(chain: Chain, name: str) -> Chain | None:

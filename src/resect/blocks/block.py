@@ -139,9 +139,9 @@ class Blocks(Sequence[ResidualBlock]):
     """The residual blocks of one model, in order of execution.
 
     ``blocks["layer3.4"]`` (a canonical name, or an owner with a single block), ``blocks[0]``,
-    ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons;
-    ``whole`` are the names of all blocks of the model, of which these may be a selection; ``flops`` are the whole
-    model's floating-point operations on the example, 0 where they are not known.
+    ``blocks[3:5]``; ``print(blocks)`` shows a table. ``refused`` lists what is not offered, with reasons; ``found`` are
+    all blocks of the model, of which these may be a selection, ``whole`` their names; ``flops`` are the whole model's
+    floating-point operations on the example, 0 where they are not known.
     """
 
     def __init__(
@@ -154,11 +154,10 @@ class Blocks(Sequence[ResidualBlock]):
         flops: int = 0,
     ) -> None:
         self._items = tuple(items)
-        self.whole = tuple(self.names)
+        self.found, self.whole = self._items, tuple(self.names)
         self.model = model
         self.refused = tuple(refused)
-        self.example = example
-        self.flops = flops
+        self.example, self.flops = example, flops
 
     @overload
     def __getitem__(self, key: str | int) -> ResidualBlock: ...
@@ -191,9 +190,10 @@ class Blocks(Sequence[ResidualBlock]):
         return self._with(choose.number_stages(replace(block, index=place) for place, block in enumerate(ordered)))
 
     def _with(self, items: Iterable[ResidualBlock]) -> Blocks:
-        found = Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)
-        found.whole = tuple(dict.fromkeys([*self.whole, *found.names]))
-        return found
+        chosen = Blocks(items, model=self.model, refused=self.refused, example=self.example, flops=self.flops)
+        known = {block.name: block for block in (*self.found, *chosen)}
+        chosen.found, chosen.whole = tuple(known.values()), tuple(known)
+        return chosen
 
     def _by_name(self, name: str) -> ResidualBlock:
         exact = [block for block in self if block.name == name]

@@ -12,6 +12,8 @@ from resect.blocks.hooks import Hook
 from resect.blocks.recompute import is_recomputing
 from resect.errors import InputError
 
+_REMEDY = "Use the same micro-batches in both: loop over method.batches(loader)."
+
 
 class Consistency:
     """Collects the model's outputs in drop steps; compares those of dropped-only steps with them, in order."""
@@ -39,9 +41,11 @@ class Consistency:
             return 0.0
         if self._seen > len(self.teachers):
             raise InputError(
-                f"consistency: this step ran {self._seen} forward passes, its drop step {len(self.teachers)}. "
-                "Use the same micro-batches in both: loop over method.batches(loader)."
+                f"consistency: this step ran {self._seen} forward passes, its drop step {len(self.teachers)}. {_REMEDY}"
             )
+        shapes = [tuple(logits.shape) for logits in (self._student, self.teachers[self._seen - 1])]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"consistency: this step gives logits {shapes[0]}, its drop step {shapes[1]}. {_REMEDY}")
         student, teacher = F.log_softmax(self._student, 1), F.log_softmax(self.teachers[self._seen - 1], 1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 

@@ -60,6 +60,7 @@ class Dropping(Method):
         self.scaling, self.seed, self.own_drop = scaling, seed, own_drop
         self._eval_gates: Gates | None = None
         self._subsets: dict[str, Axes | str] = {}
+        self._folded = False
 
     def _check(self, problems: list[str]) -> None:
         """Raise ``InputError`` with all problems: a subclass's own, and those of what is shared."""
@@ -94,8 +95,8 @@ class Dropping(Method):
     def finalize(self) -> dict[str, float]:
         """Detach, and make what the method does in eval mode permanent; return the factor of every branch.
 
-        With ``scaling="paper"`` the factors 1 − p are folded into the branches' weights and checked; with
-        the others there is nothing to fold and all factors are 1.
+        With ``scaling="paper"`` the factors 1 − p are folded into the branches' weights and checked, once for each
+        ``attach()``; with the others there is nothing to fold and all factors are 1.
 
         Raises ``ProofError`` if a branch cannot take its factor; the model is then unchanged.
         """
@@ -103,8 +104,9 @@ class Dropping(Method):
         if self.scaling == "paper":
             factors = {name: 1.0 - prob for name, prob in self.drop_probs.items()}
         self.detach()
-        if self.scaling == "paper":
+        if self.scaling == "paper" and not self._folded:
             fold(self.model, self.blocks, factors)
+            self._folded = True
         return factors
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -120,6 +122,7 @@ class Dropping(Method):
                 "hurt more than it helps.",
                 stacklevel=5,
             )
+        self._folded = False
         self._parts = Parts(self.model, self.blocks)
         self._masks = SampleMasks([0.0] * len(self.blocks), device_of(self.model))
         self._drops = [DropSamples(self._masks, place) for place in range(len(self.blocks))]
@@ -150,9 +153,7 @@ class Dropping(Method):
 
     def _before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self._gates is not None
-        # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on.
-        closed = [place for place, gate in enumerate(self._gates) if gate.is_closed and (gate.acts or gate.served)]
-        self._parts.leave_out(closed)
+        self._parts.leave_out_closed(self._gates)
 
     def _states(self, picked: list[bool]) -> Iterator[None]:
         assert self._gates is not None

@@ -20,6 +20,7 @@ from resect.blocks.plan import Plan
 from resect.blocks.ranks import several_ranks
 from resect.blocks.response import look_on_example
 from resect.errors import InputError, check_all
+from resect.train.freeze import Parts
 from resect.train.method import Method
 from resect.train.muted import MutedCount
 from resect.train.muting import Muting, check_start
@@ -144,6 +145,7 @@ class EpsilonGate(Method):
             check_start(found, start)
         if self._side is not None:
             self._side.attach(undo)
+        self._parts = Parts(self.model, self.blocks) if self.skip_muted_after is not None else None
         shared = self.sync == "ranks" and several_ranks()
         self._acts = [
             Muting(self.note, self.epsilon, place, gate.owner if shared else None) for place, gate in enumerate(gates)
@@ -176,6 +178,8 @@ class EpsilonGate(Method):
         self._check_optimised()
         self._agree()  # of a step that no optimizer took
         self.count.begin(self._closed())
+        if self._parts is not None:
+            self._parts.check(self.model, self.name)
         epsilon = self.schedule(self.steps)
         check_number("epsilon", epsilon, 0)
         for act in self._acts:
@@ -198,6 +202,8 @@ class EpsilonGate(Method):
         self._agree()
         if self._side is not None:
             self._side.check()
+        if self._parts is not None and self._gates is not None:
+            self._parts.leave_out_closed(self._gates)
 
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return the side supervision's loss times its weight; ``target``: the labels (N,) of the batch."""
@@ -289,4 +295,6 @@ class EpsilonGate(Method):
         if self._side is not None:
             self._side.head.load_state_dict(state["side"])
         if self._gates is not None:
+            for act in self._acts:
+                act.set(self.epsilon)
             self._skip(self._gates)

@@ -8,19 +8,21 @@ and their buffers are put back to what they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
+from resect.blocks.nesting import lies_in
 from resect.blocks.state import Gate
 from resect.blocks.units import is_sharded
 from resect.errors import AttachError
 
 Stillness = Literal["skip", "zero"]
 Norms = Literal["batch", "moving", "eval"]
+T = TypeVar("T")
 
 
 class Freeze:
@@ -87,29 +89,10 @@ class Freeze:
         self.parameters, self.saved, self.evaluating = [], [], []
 
 
-def own_parameters(model: nn.Module, block: ResidualBlock) -> list[nn.Parameter]:
-    """Return the parameters that only this block's branch uses; those tied to a module elsewhere are not its own."""
-    modules = dict(model.named_modules())
-    inside = {module for name in block.modules for module in modules[name].modules()}
-    elsewhere = {
-        id(parameter)
-        for module in model.modules()
-        if module not in inside
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not _is_raw(block, modules, module, name)
-    }
+def branch_parameters(model: nn.Module, block: ResidualBlock) -> list[nn.Parameter]:
+    """Return all parameters that the block's branch uses."""
     raw = [model.get_parameter(name) for name in block.raw_parameters]
-    found = [parameter for name in block.modules for parameter in modules[name].parameters()] + raw
-    return list({id(p): p for p in found if id(p) not in elsewhere}.values())
-
-
-def _is_raw(block: ResidualBlock, modules: dict[str, nn.Module], module: nn.Module, name: str) -> bool:
-    """Whether this parameter is one the branch uses outside its modules (a raw layer scale)."""
-    for path in block.raw_parameters:
-        owner, _, last = path.rpartition(".")
-        if modules.get(owner) is module and last == name:
-            return True
-    return False
+    return [parameter for name in block.modules for parameter in model.get_submodule(name).parameters()] + raw
 
 
 def branch_modules(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
@@ -117,16 +100,52 @@ def branch_modules(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
     return list({id(m): m for name in block.modules for m in model.get_submodule(name).modules()}.values())
 
 
+class Share(Generic[T]):
+    """Parameters, or modules, of a model, by the blocks that use them: what several share stands still if all do.
+
+    ``used`` says what a block uses; a block inside the branch of another uses nothing while that is closed. The
+    ``rest`` of ``everything`` is what is used, ``outside`` or by blocks that were not selected, whatever these do.
+    """
+
+    def __init__(
+        self, everything: Iterable[T], blocks: Blocks, used: Callable[[ResidualBlock], list[T]], outside: Iterable[T]
+    ) -> None:
+        places = {name: place for place, name in enumerate(blocks.names)}
+        users: dict[int, dict[str, set[int]]] = {id(item): {"": set()} for item in outside}
+        for block in sorted(blocks.found, key=lambda block: block.sum):  # inner ones first
+            inner = {other.name for other in blocks.found if lies_in(other, block)}
+            around = [other.name for other in blocks.found if lies_in(block, other)]
+            needs = {places[name] for name in (block.name, *around) if name in places}
+            for item in used(block):
+                by = users.setdefault(id(item), {})
+                if inner.isdisjoint(by):  # else it is used there, not here
+                    by[block.name] = needs
+        self._uses: list[tuple[T, list[set[int]]]] = []
+        self.rest: list[T] = []
+        for item in everything:
+            needs_of = list(users.get(id(item), {"": set()}).values())
+            if all(needs_of):
+                self._uses.append((item, needs_of))
+            else:
+                self.rest.append(item)
+
+    def only(self, places: set[int]) -> list[T]:
+        """Return what nothing uses while these blocks are closed."""
+        return [item for item, uses in self._uses if all(needs & places for needs in uses)]
+
+    def any(self, places: set[int]) -> list[T]:
+        """Return what at least one of these blocks uses."""
+        return [item for item, uses in self._uses if any(needs & places for needs in uses)]
+
+
 class Parts:
-    """The parameters and buffers of a model, sorted by block; ``rest`` belongs to no branch (stem, shortcuts, head)."""
+    """The parameters and modules of a model, sorted by block; the rest is of no branch (stem, shortcuts, head)."""
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
-        self.parameters = [own_parameters(model, block) for block in blocks]
-        self.modules = [branch_modules(model, block) for block in blocks]
-        mine = {id(parameter) for group in self.parameters for parameter in group}
-        inside = {module for group in self.modules for module in group}
-        self.rest = [parameter for parameter in model.parameters() if id(parameter) not in mine]
-        self.rest_modules = [module for module in model.modules() if module not in inside]
+        self.modules = Share(model.modules(), blocks, lambda block: branch_modules(model, block), ())
+        self.parameters = Share(
+            model.parameters(), blocks, lambda block: branch_parameters(model, block), _outside(model, blocks)
+        )
         self._known = _ids(model)
         self._blocks, self._sharded = blocks, is_sharded(model)
 
@@ -157,23 +176,23 @@ class Parts:
 
         ``norms``: their norms use the "batch" and keep their running statistics, let them go on "moving", or "eval".
         """
-
-        def chosen(groups: list[list[Any]], others: list[Any]) -> list[Any]:
-            inside = [item for group, still in zip(groups, frozen, strict=True) if still for item in group]
-            return inside + others if rest else inside
-
-        modules = chosen(self.modules, self.rest_modules)
+        still = {place for place, is_still in enumerate(frozen) if is_still}
+        modules = self.modules.only(still) + (self.modules.rest if rest else [])
         return Freeze(
-            chosen(self.parameters, self.rest),
+            self.parameters.only(still) + (self.parameters.rest if rest else []),
             {id(module): module for module in [*holders, *(modules if norms != "moving" else ())]}.values(),
             stillness,
             [module for module in modules if _is_norm(module)] if norms == "eval" else (),
         )
 
     def leave_out(self, places: Iterable[int], stillness: Stillness = "skip") -> None:
-        """Take the gradients of whole blocks away, as ``Freeze`` does, after the backward pass."""
-        for place in places:
-            Freeze(self.parameters[place], (), stillness).release()
+        """Take the gradients of whole blocks away, as ``freeze`` does, after the backward pass."""
+        Freeze(self.parameters.only(set(places)), (), stillness).release()
+
+    def leave_out_closed(self, gates: Iterable[Gate], stillness: Stillness = "skip") -> None:
+        """Leave closed blocks out: ``zero_grad(set_to_none=False)`` gives zeros, on which momentum and decay act."""
+        closed = [place for place, gate in enumerate(gates) if gate.is_closed and (gate.acts or gate.served)]
+        self.leave_out(closed, stillness)
 
 
 def check_modes(gates: Iterable[Gate], training: list[bool], name: str) -> None:
@@ -184,6 +203,19 @@ def check_modes(gates: Iterable[Gate], training: list[bool], name: str) -> None:
             f"model.train() was called after {name}.begin_step(), which found {late[0]!r} in eval mode and left "
             f"{len(late)} such blocks alone. Call model.train() before begin_step()."
         )
+
+
+def _outside(model: nn.Module, blocks: Blocks) -> list[nn.Parameter]:
+    """Return what modules hold that are in no branch, without what a branch takes from there (a raw layer scale)."""
+    inside = {module for block in blocks.found for module in branch_modules(model, block)}
+    raw = {name for block in blocks.found for name in block.raw_parameters}
+    return [
+        parameter
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module not in inside
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (f"{path}.{name}" if path else name) not in raw
+    ]
 
 
 def _ids(model: nn.Module) -> set[int]:

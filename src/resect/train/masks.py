@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -93,20 +92,17 @@ class SampleMasks:
             found.append(Rows(samples, counts[at], one, factor))
         return found
 
-    def every(self) -> list[bool]:
-        """Return per block whether all samples seen in this step, on any rank, drop it; all ranks must call this."""
-        return self._all(lambda dropped: dropped.all())
+    def agreed(self, training: list[bool], *, dropped: bool) -> list[int]:
+        """Return the blocks that all samples seen in this step drop, on every rank, or that none drops.
 
-    def none(self) -> list[bool]:
-        """Return per block whether no sample seen in this step, on any rank, drops it; all ranks must call this."""
-        return self._all(lambda dropped: ~dropped.any())
-
-    def _all(self, holds: Callable[[Tensor], Tensor]) -> list[bool]:
+        Of those alone that train and can drop; all ranks must call this.
+        """
         found = torch.ones(len(self.probs), dtype=torch.uint8, device=self.keys.device)
         most = int(self.most)
         for place in range(len(self.probs) if most else 0):
-            found[place] &= holds(self.dropped(place, most, self.keys.device))
-        return [bool(value) for value in least_over_ranks(found).tolist()]
+            found[place] &= (self.dropped(place, most, self.keys.device) == dropped).all()
+        can = [trains and prob > 0 for trains, prob in zip(training, self.probs, strict=True)]
+        return [place for place, value in enumerate(least_over_ranks(found).tolist()) if value and can[place]]
 
 
 def over_samples(mask: Tensor, value: Tensor) -> Tensor:

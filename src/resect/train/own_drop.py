@@ -11,7 +11,7 @@ from resect.errors import AttachError
 
 OwnDrop = Literal["refuse", "replace"]
 
-# Class -> the attribute with its probability: timm and transformers, torchvision, other spellings.
+# How a class's name ends -> the attribute with its probability: timm, transformers (SwinDropPath), torchvision, others.
 _MODULES = {"DropPath": "drop_prob", "StochasticDepth": "p", "DropPath2d": "drop_prob", "LayerDrop": "p"}
 _CONFIG = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
@@ -24,7 +24,7 @@ def find_own_drop(model: nn.Module) -> Found:
     found: Found = []
     configs: dict[int, tuple[str, Any]] = {}
     for name, module in model.named_modules():
-        wanted = [_MODULES[type(module).__name__]] if type(module).__name__ in _MODULES else []
+        wanted = [attribute for end, attribute in _MODULES.items() if type(module).__name__.endswith(end)]
         for attribute in [*wanted, "layerdrop"]:
             value = getattr(module, attribute, None)
             if isinstance(value, float) and value > 0:
@@ -55,7 +55,7 @@ def take_over(model: nn.Module, own_drop: OwnDrop, name: str, undo: ExitStack) -
             "attached, or build the model without (timm: drop_path_rate=0)."
         )
     for _, holder, attribute, value in found:
-        _off[id(holder), attribute] = [holder, value, 0]
+        _off.setdefault((id(holder), attribute), [holder, value, 0])[1] = value
         setattr(holder, attribute, 0.0)
     mine = {id(module) for module in model.modules()} | {id(getattr(m, "config", None)) for m in model.modules()}
     for key, entry in list(_off.items()):

@@ -45,3 +45,7 @@ class Alternation:
     def repeats(self, step: int) -> int:
         """Return how many steps, from ``step`` on, belong to one drop step and its dropped-only step."""
         return 1 if step < self.warmup else self.cycle - (step - self.warmup) % self.cycle
+
+    def halfway(self, step: int) -> bool:
+        """Return whether ``step`` is among those of one drop step and its dropped-only step, but not the first."""
+        return step >= self.warmup and self.repeats(step) < self.cycle

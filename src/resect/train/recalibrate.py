@@ -18,8 +18,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], forward: Forward | None =
     """Set the running mean and variance of every batch norm to their plain average over ``data``; return the batches.
 
     The net runs in train mode without gradients and as it is now, so detach methods first for the full net; norms of
-    closed blocks keep what they have. Weights, modes, other buffers and the setting of every ``momentum`` are as before
-    afterwards; a net without batch norm is left alone.
+    closed blocks, and those that ``model.train()`` leaves in eval mode, keep what they have. Weights, modes, other
+    buffers and the setting of every ``momentum`` are as before afterwards; a net without batch norm is left alone.
 
     ``data``: batches of training data, as for ``lesion_study``; some dozens are enough.
 
@@ -33,7 +33,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], forward: Forward | None =
     try:
         with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
             model.train()
-            for norm in norms:
+            renewing = [norm for norm in norms if norm.training]  # a frozen one may stay in eval mode
+            for norm in renewing:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's word for a plain average
             for batch in data:
@@ -41,7 +42,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], forward: Forward | None =
                 batches += 1
         if not batches:
             raise InputError("recalibrate needs at least one batch of data, and there is none.")
-        ran = [norm for norm in norms if norm.num_batches_tracked is not None and int(norm.num_batches_tracked)]
+        ran = [norm for norm in renewing if norm.num_batches_tracked is not None and int(norm.num_batches_tracked)]
         renewed = {id(buffer) for norm in ran for buffer in norm.buffers(recurse=False)}
     finally:
         with torch.no_grad():

@@ -159,18 +159,17 @@ class ResidualDroppath(Scheduled):
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches to train on, one per optimizer step; ``data="same"`` repeats each."""
         self._looping = True
-        if self._cut:  # the last loop was left in the middle of a batch's steps, which are not to go on with another
+        if self._cut:  # the last loop was left in the middle of a batch's steps: they do not go on with another
             self.steps += self.alternation.repeats(self.steps)
         self._cut = self.data == "same"
         try:
             for batch in loader:
-                repeats = self.alternation.repeats(self.steps) if self.data == "same" else 1
-                for _ in range(repeats):
+                for _ in range(self.alternation.repeats(self.steps) if self.data == "same" else 1):
                     yield batch
             self._cut = False
         finally:
             self._looping = False
-            self._cut = self._cut and self.alternation.repeats(self.steps) < self.alternation.cycle
+            self._cut = self._cut and self.alternation.halfway(self.steps)
 
     def extra_loss(self, target: Any = None) -> Tensor | float:
         """Return the consistency term of a dropped-only step; 0 without one."""
@@ -181,13 +180,14 @@ class ResidualDroppath(Scheduled):
         return super().metrics() | {"plain_steps": float(self.plain_steps)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the number of plain steps, and what a consistency term compares with."""
-        return super().state_dict() | {"plain_steps": self.plain_steps, "teachers": list(self._compare.teachers)}
+        """Return the step, plain steps, what a consistency term compares with, whether a loop was left in mid-batch."""
+        mine = {"plain_steps": self.plain_steps, "teachers": list(self._compare.teachers)}
+        return super().state_dict() | mine | {"cut": self._cut and not self._looping}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state that ``state_dict`` returned."""
         super().load_state_dict(state)
-        self._cut = False
+        self._cut = bool(state.get("cut", False))
         self.plain_steps = int(state["plain_steps"])
         self._compare.teachers = list(state["teachers"])
 
@@ -231,8 +231,8 @@ class ResidualDroppath(Scheduled):
 
     def _can_learn(self, kind: Kind, dropped: list[bool]) -> bool:
         """Whether there is anything to drop, and, in a dropped-only step, anything in it that the user lets learn."""
-        groups = [group for group, is_dropped in zip(self._parts.parameters, dropped, strict=True) if is_dropped]
-        return bool(groups) and (kind == "drop" or any(p.requires_grad for group in groups for p in group))
+        places = {place for place, is_dropped in enumerate(dropped) if is_dropped}
+        return bool(places) and (kind == "drop" or any(p.requires_grad for p in self._parts.parameters.any(places)))
 
     def _begin_drop(self, gates: Gates, dropped: list[bool], probs: list[float], step: int) -> None:
         if self.per == "sample":
@@ -277,8 +277,8 @@ class ResidualDroppath(Scheduled):
         if self._freeze is not None:
             self._freeze.check()
         if self._split is not None and (self.kind == "drop" or self._freeze is not None):
-            untouched = self._masks.every() if self.kind == "drop" else self._masks.none()
-            self._parts.leave_out([place for place, is_still in enumerate(untouched) if is_still], self.stillness)
+            self._parts.leave_out(self._masks.agreed(self._training, dropped=self.kind == "drop"), self.stillness)
+        self._parts.leave_out_closed(self._gates, self.stillness)
         self._release()
         if self.kind == "dropped-only":
             self._rates.scale(optimizer)

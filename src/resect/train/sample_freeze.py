@@ -28,6 +28,7 @@ class SampleFreeze:
     def __init__(self, model: nn.Module, blocks: Blocks, undo: ExitStack) -> None:
         self.masks: SampleMasks | None = None
         self._samples: set[int] = set()
+        of: dict[nn.Module, str] = {}
         for place, block in enumerate(blocks):
             if block.raw_parameters:
                 raise AttachError(
@@ -36,6 +37,11 @@ class SampleFreeze:
                 )
             owner = model.get_submodule(block.owner)
             for module in _with_parameters(model, block.modules):
+                if (other := of.setdefault(module, block.name)) != block.name:
+                    raise AttachError(
+                        f'ResidualDroppath(per="sample") cannot split the gradient of the {type(module).__name__} that '
+                        f'{other!r} and {block.name!r} share. Use per="batch", or leave such blocks out.'
+                    )
                 hook = module.register_forward_hook(Hook(self._hook(place, owner)), with_kwargs=True, prepend=True)
                 undo.callback(hook.remove)
         if blocks.example is not None:

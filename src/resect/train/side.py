@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from resect.blocks.block import Blocks, ResidualBlock
@@ -25,10 +26,15 @@ from resect.train.draws import generator
 
 
 class SideHead(nn.Module):
-    """Norm, ReLU, mean over all places, linear; made to fit a stream of (N, C), (N, T, C) or (N, C, H, W)."""
+    """Norm, ReLU, mean over all places, linear; made to fit a stream of (N, C), (N, T, C) or (N, C, H, W).
 
-    def __init__(self, stream: Tensor, classes: int, seed: int) -> None:
+    ``tokens``: of (N, H, W, C), which is taken as (N, T, C).
+    """
+
+    def __init__(self, stream: Tensor, classes: int, seed: int, tokens: bool = False) -> None:
         super().__init__()
+        self.tokens = tokens
+        stream = stream.flatten(1, 2) if tokens else stream
         norms = {2: nn.BatchNorm1d, 3: nn.LayerNorm, 4: nn.BatchNorm2d}
         if stream.ndim not in norms:
             raise InputError(
@@ -44,6 +50,7 @@ class SideHead(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """Stream to logits (N, classes)."""
+        stream = stream.flatten(1, 2) if self.tokens else stream
         x = F.relu(self.norm(stream.to(self.fc.weight.dtype)))
         places = {2: (), 3: (1,), 4: (2, 3)}[x.ndim]
         return self.fc(x.mean(places) if places else x)
@@ -70,7 +77,8 @@ class SideSupervision:
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise InputError("Side supervision needs a model that returns logits (N, classes).")
         with torch.random.fork_rng():
-            self.head = SideHead(seen[-1], output.shape[1], seed).to(device_of(model))
+            tokens = _ends_in_channels(model, self.block, seen[-1])
+            self.head = SideHead(seen[-1], output.shape[1], seed, tokens).to(device_of(model))
 
     def attach(self, undo: ExitStack) -> None:
         """Watch the stream until ``undo``."""
@@ -113,6 +121,13 @@ def _stream(output: Any, block: ResidualBlock) -> Tensor:
     if not tensors:
         raise InputError(f"Side supervision finds no tensor in what {block.owner!r} returns. Name another block.")
     return tensors[0]
+
+
+def _ends_in_channels(model: nn.Module, block: ResidualBlock, stream: Tensor) -> bool:
+    """Whether a stream is (N, H, W, C), as Swin's: its branch has linear layers of that width and no convolution."""
+    modules = [module for name in block.modules for module in model.get_submodule(name).modules()]
+    linear = any(isinstance(module, nn.Linear) and module.out_features == stream.shape[-1] for module in modules)
+    return stream.ndim == 4 and linear and not any(isinstance(module, _ConvNd) for module in modules)
 
 
 def average_over_ranks(parameter: Tensor) -> None:
