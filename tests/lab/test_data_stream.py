@@ -9,6 +9,8 @@ import pyarrow
 import pytest
 import torch
 from pictures import cell, folder_of, picture, write
+from tiny_runs import tiny
+from torch import nn
 
 from resect.errors import FileError, InputError
 from resect.lab.config.train import TrainConfig
@@ -139,6 +141,35 @@ def test_a_net_trains_on_a_stream_goes_on_to_the_bit_and_opens_again(tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert evaluate(opened.model, images, labels) == whole.history[-1]["test_error"]
     assert opened.example().shape == (40, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_takes_no_random_number_of_the_training(shards, workers):
+    source = open_source(stream(shards, workers=workers), CONFIG, CPU)
+    before = torch.get_rng_state()
+    assert len(list(source)) == 7
+    assert len(list(source.test(4))) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_net_with_dropout_goes_on_within_an_epoch_to_the_bit(tmp_path):
+    path = folder_of(tmp_path / "images", {"train/a": 12, "train/b": 12, "val/a": 1, "val/b": 1})
+    data = stream(path, classes=None)
+    recipe = tiny(epochs=2, batch_size=8, shift=0)
+
+    def net():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    def stop(now):
+        if now.step == 1 and not now.row:
+            signal.raise_signal(signal.SIGTERM)
+
+    whole = train(recipe, tmp_path / "whole", model=net(), data=data)
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "parts", model=net(), data=data, interruptible=True, progress=stop)
+    parts = train(recipe, tmp_path / "parts", model=net(), data=data, resume=True)
+    assert torch.equal(whole.model[1].weight, parts.model[1].weight)
 
 
 def test_transforms_are_those_of_timm(shards):

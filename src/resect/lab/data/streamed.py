@@ -105,7 +105,13 @@ class Streamed:
         return rows.shard(**ranks).shuffle(seed=seed, buffer_size=self.data.buffer)
 
     def _loaded(self, batches: _Batches, workers: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=self.device.type == "cuda")
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else each pass takes a number of the training's: a resume one too many
+        )
         for number, batch in enumerate(loader):
             if isinstance(batch, ResectError):
                 raise batch
