@@ -72,6 +72,16 @@ def test_the_newest_is_the_highest_number(tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-1000000"
 
 
+def test_a_copy_is_no_checkpoint_and_stays(tmp_path):
+    names = {"checkpoint-000004-keep", "checkpoint-000009.old", "checkpoint-", "checkpoint-5e3"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path) is None
+    path = checkpoint.save(tmp_path, 5, STATE)
+    assert checkpoint.newest(tmp_path) == path
+    assert {entry.name for entry in tmp_path.iterdir()} == names | {path.name}
+
+
 def test_tied_tensors_are_saved_apart(tmp_path):
     weight = torch.ones(3)
     loaded = checkpoint.load(checkpoint.save(tmp_path, 1, {"a": weight, "b": weight, "c": weight[1:]}))

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_folders_that_hold_something_else(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="Cannot make the run folder"):
         train(tiny(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_without_its_checkpoint_is_never_overwritten(tmp_path, resume):
+    train(tiny(epochs=1), tmp_path)
+    shutil.rmtree(checkpoint.newest(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"holds 'model\.safetensors', .* and no checkpoint to go on from"):
+        train(tiny(epochs=1, lr=0.3), tmp_path, resume=resume)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -169,9 +169,11 @@ def test_a_last_batch_of_one_sample_is_left_out(opened, monkeypatch):
 
 def test_files_of_others_stay(opened, tmp_path):
     kept = begun(tmp_path / "cut", opened)
-    (kept.folder / "notes").mkdir()
+    for name in ("notes", "checkpoint-000001-keep"):
+        (kept.folder / name).mkdir()
+    assert len(begun(tmp_path / "cut", opened).plans) == 1
     kept.done()
-    assert [path.name for path in kept.folder.iterdir()] == ["notes"]
+    assert {path.name for path in kept.folder.iterdir()} == {"notes", "checkpoint-000001-keep"}
 
 
 def test_one_that_diverges_keeps_what_was_finite(opened, tmp_path):

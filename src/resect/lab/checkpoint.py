@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ FORMAT = "resect-checkpoint-2"
 PREFIX = "checkpoint-"
 
 
+def checkpoints(folder: Path) -> dict[Path, int]:
+    """The checkpoints in ``folder``, and their numbers; what is named otherwise, as a copy may be, is none of them."""
+    named = ((path, re.fullmatch(rf"{PREFIX}([0-9]+)", path.name)) for path in folder.glob(f"{PREFIX}*"))
+    return {path: int(match[1]) for path, match in named if match}
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the highest number in ``folder``, if there is one."""
-    return max(folder.glob(f"{PREFIX}[0-9]*"), key=lambda path: int(path.name[len(PREFIX) :]), default=None)
+    found = checkpoints(folder)
+    return max(found, key=found.__getitem__, default=None)
 
 
 def save(folder: Path, number: int, state: dict[str, Any]) -> Path:
@@ -51,7 +59,7 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> Path:
     with whole_folder(target, own=("state.json", "tensors.safetensors")) as partial:
         (partial / "tensors.safetensors").write_bytes(content)
         (partial / "state.json").write_text(json.dumps(record), encoding="utf-8")
-    for old in folder.glob(f"{PREFIX}[0-9]*"):
+    for old in checkpoints(folder):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import resect
-from resect.errors import FileError, InputError, ResectError, check_all
+from resect.errors import FileError, InputError, ResectError, check_all, quoted
 from resect.files import read_tensors, write_bytes
 from resect.lab import checkpoint
 from resect.lab.data import Data, open_data
@@ -26,6 +26,8 @@ from resect.lab.tree import flatten
 from resect.shrink.files import PLAN, plan_document, plan_of
 
 FORMAT = "resect-run-1"
+FILES = ("model.safetensors", PLAN, "recipe.json", "history.csv", "metrics.json")
+"""What `finish` writes; the plan only of a cut net."""
 
 
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
@@ -100,11 +102,18 @@ def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The state to continue from, or None for a new run in ``folder``.
 
     Raises:
-        InputError: the folder holds a run already and ``resume`` is False, or holds one of another recipe.
+        InputError: the folder holds a run already and ``resume`` is False, or holds one of another recipe; or it has
+            files that the run would overwrite, and no checkpoint to go on from.
         FileError: the checkpoint is damaged.
     """
     last = checkpoint.newest(folder)
     if last is None:
+        there = [name for name in FILES if (folder / name).exists()]
+        if there:
+            raise InputError(
+                f"{folder} holds {quoted(there)}, which a new run would overwrite, and no checkpoint to go on from: "
+                "choose another folder, or delete them."
+            )
         return None
     if not resume:
         raise InputError(f"{folder} holds a run already: resume it (--resume), choose another folder, or delete it.")

@@ -118,8 +118,8 @@ class Unfinished:
         """Delete what was kept: the cut model is in its place."""
         if self.folder is None:
             return
-        for file in self.folder.glob(f"{checkpoint.PREFIX}[0-9]*"):
-            shutil.rmtree(file, ignore_errors=True)
+        for last in checkpoint.checkpoints(self.folder):
+            shutil.rmtree(last, ignore_errors=True)
         with suppress(OSError):  # someone else's files stay
             self.folder.rmdir()
 
