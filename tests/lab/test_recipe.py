@@ -52,6 +52,26 @@ def test_every_problem_is_named_at_once_with_the_nearest_key():
         assert words in said
 
 
+def test_a_methods_seed_is_the_trainings_unless_it_is_given():
+    def seed(*changes):
+        return recipe.read("digits-epsilon", ["train.seed=7", *changes]).settled().method.seed
+
+    assert seed() == 7
+    assert seed("method.seed=0") == 0
+    assert seed(f"method.seed={2**64 - 1}") == 2**64 - 1
+    assert recipe.read("digits-epsilon", ["train.seed=7"]).method.seed is None, "it follows another train.seed"
+    assert recipe.read("digits-plain").settled() == recipe.read("digits-plain")
+
+
+def test_a_seed_is_one_that_torch_takes():
+    with pytest.raises(InputError) as caught:
+        recipe.read("digits-epsilon", [f"train.seed={2**64}", "method.seed=-1"])
+    assert "train.seed: input should be less than 18446744073709551616, not" in str(caught.value)
+    assert "method.seed: input should be greater than or equal to 0, not -1" in str(caught.value)
+    with pytest.raises(InputError, match=r"method\.seed: .*, not True"):
+        recipe.read("digits-epsilon", ["method.seed=true"])
+
+
 @pytest.mark.parametrize("override", ["train.epochs", "=3", "model.name.x=3"])
 def test_an_override_that_is_none(override):
     with pytest.raises(InputError, match="Override"):

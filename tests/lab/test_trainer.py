@@ -9,7 +9,7 @@ from tiny_runs import TINY, FakeMethod, Stop, stop_after, tiny
 from torch import nn
 
 from resect.errors import FileError, InputError, ResectError
-from resect.lab import checkpoint, recipe, session
+from resect.lab import checkpoint, recipe, runs, session
 from resect.lab.data import load, mean_std, normalize
 from resect.lab.evaluate import evaluate
 from resect.lab.runs import open_run
@@ -150,6 +150,31 @@ def test_folders_that_hold_something_else(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="Cannot make the run folder"):
         train(tiny(), tmp_path / "file")
+
+
+def drawn(seed=None, epochs=1):
+    method = {"name": "random-subset", "keep": 1} | ({} if seed is None else {"seed": seed})
+    return recipe.parse({**TINY, "train": {**TINY["train"], "epochs": epochs, "seed": 7}, "method": method})
+
+
+def test_a_method_draws_by_the_trainings_seed_or_its_own(tmp_path):
+    assert train(drawn(), tmp_path / "training").method.seed == 7
+    assert train(drawn(seed=2), tmp_path / "own").method.seed == 2
+
+
+def test_a_run_begun_before_methods_had_a_seed_goes_on_as_it_was(tmp_path):
+    whole = train(drawn(seed=0, epochs=2), tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(drawn(seed=0, epochs=2), tmp_path / "old", progress=stop_after(1))
+    last = checkpoint.newest(tmp_path / "old")
+    state = checkpoint.load(last)
+    del state["recipe"]["method"]["seed"]
+    checkpoint.save(tmp_path / "old", state["step"], state)
+    with pytest.raises(InputError, match=r"another recipe, which cannot be resumed: method\.seed: 0, now 7"):
+        train(drawn(epochs=2), tmp_path / "old", resume=True)
+    resumed = train(runs.recipe_of(tmp_path / "old"), tmp_path / "old", resume=True)
+    one, other = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -36,6 +36,12 @@ class Recipe(Config):
             raise ValueError("train.compile = true does not go with a teacher, who watches the net: leave it out")
         return self
 
+    def settled(self) -> Recipe:
+        """The same training with the method's seed, where none is given, spelled out: the training's."""
+        if self.method is None or self.method.seed is not None:
+            return self
+        return self.model_copy(update={"method": self.method.model_copy(update={"seed": self.train.seed})})
+
     def dump(self) -> dict[str, Any]:
         """All values as JSON-able data; `parse` turns it back into an equal recipe."""
         return self.model_dump(mode="json")

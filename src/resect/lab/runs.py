@@ -118,7 +118,7 @@ def begin(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     if not resume:
         raise InputError(f"{folder} holds a run already: resume it (--resume), choose another folder, or delete it.")
     saved = checkpoint.load(last)
-    changes = list(differences(parse(saved["recipe"], f"The recipe in {last}"), recipe))
+    changes = list(differences(_recipe_in(last, saved).settled(), recipe.settled()))
     check_all(changes, f"{folder} holds a run of another recipe, which cannot be resumed")
     return saved
 
@@ -132,7 +132,14 @@ def recipe_of(folder: Path) -> Recipe:
     last = checkpoint.newest(folder)
     if last is None:
         raise FileError(f"There is nothing to go on with in {folder}: it has no checkpoint.")
-    return parse(checkpoint.load(last)["recipe"], f"The recipe in {last}")
+    return _recipe_in(last, checkpoint.load(last))
+
+
+def _recipe_in(last: Path, saved: dict[str, Any]) -> Recipe:
+    tables = saved["recipe"]
+    if tables["method"] is not None:  # a run begun before there was this key drew from 0
+        tables["method"].setdefault("seed", 0)
+    return parse(tables, f"The recipe in {last}")
 
 
 def wanted(

@@ -119,7 +119,8 @@ def start(
         chosen = replace(chosen, compile=False)  # the teacher watches what goes through the net
     chosen.lay_out(model)
     optimizer = make_optimizer(model, config)
-    method = make_method(recipe.method, model, optimizer, example) if recipe.method else NoMethod()
+    wanted = recipe.settled().method
+    method = make_method(wanted, model, optimizer, example) if wanted else NoMethod()
     own = list(method.parameters())
     if own:
         optimizer.add_param_group({"params": own, "weight_decay": config.weight_decay})

@@ -6,19 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from resect.lab.config.base import Config
+from resect.lab.config.base import Config, Seed
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class AnyMethod(Config):
-    """What every method has: the blocks it acts on, all of them or those with an identity shortcut."""
+    """What every method has: the blocks it acts on, all of them or those with an identity shortcut.
+
+    ``seed``: of the method's draws; None is that of the training, see `Recipe.settled`.
+    """
 
     blocks: Literal["all", "identity"] = "all"
+    seed: Seed | None = None
 
     def options(self) -> dict[str, Any]:
-        """The options for the method's class."""
+        """The options for the method's class; of a `Recipe.settled`, for the class has no seed that is None."""
         return self.model_dump(exclude={"name", "blocks", "recalibrate"})
 
 

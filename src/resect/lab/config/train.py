@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from resect.lab.config.base import Config
+from resect.lab.config.base import Config, Seed
 
 Switch = Literal[True, False, "auto"]
 
@@ -47,7 +47,7 @@ class TrainConfig(Config):
     compile: Switch = "auto"
     tensorboard: bool = True
     checkpoint_minutes: float = Field(default=5.0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
