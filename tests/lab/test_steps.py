@@ -5,6 +5,7 @@ import torch
 from tiny_runs import FakeMethod, Stop, stop_after, tiny
 from torch import nn
 
+from resect.errors import ResectError
 from resect.lab import session
 from resect.lab.data import source
 from resect.lab.trainer import train
@@ -69,6 +70,49 @@ def test_the_gradient_is_clipped_as_a_whole(tmp_path):
     assert moved[0.01].norm() == pytest.approx(0.5 * 0.01, rel=1e-3)
     torch.testing.assert_close(moved[0.01] / moved[0.01].norm(), moved[None] / moved[None].norm())
     assert torch.equal(moved[1e6], moved[None])
+
+
+class Beside(NoEffect):
+    """Brings along a layer and a loss of its own."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.layer, self.factor = net()[1], factor
+
+    def parameters(self):
+        return self.layer.parameters()
+
+    def extra_loss(self, target=None):
+        return self.factor * sum(parameter.square().sum() for parameter in self.parameters())
+
+
+def train_beside(folder, method, **options):
+    """One step of the net with the method; returns how far the weights of both moved."""
+    model = net()
+    before = [weight.detach().clone() for weight in (*model.parameters(), *method.parameters())]
+    same = {"epochs": 1, "batch_size": 1347, "shift": 0, "momentum": 0.0, "schedule": "constant", "lr": 0.5} | options
+    train(tiny(method=True, **same), folder, model=model, method_factory=lambda *_: method)
+    after = (*model.parameters(), *method.parameters())
+    return [(one - other).detach() for one, other in zip(after, before, strict=True)]
+
+
+def test_what_a_method_brings_along_is_clipped_with_the_net(tmp_path):
+    moved = train_beside(tmp_path, Beside(), clip=0.01, weight_decay=0.0)
+    assert all(part.abs().max() > 0 for part in moved)
+    assert torch.cat([part.flatten() for part in moved]).norm() == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("decay", ["weights", "all"])
+def test_what_a_method_brings_along_decays_like_the_net(tmp_path, decay):
+    *_, weight, bias = train_beside(tmp_path, Beside(factor=0.0), weight_decay=0.2, decay=decay)
+    first = dict(net()[1].named_parameters())
+    torch.testing.assert_close(weight, -0.1 * first["weight"].detach())
+    torch.testing.assert_close(bias, (-0.1 if decay == "all" else 0.0) * first["bias"].detach())
+
+
+def test_weights_of_a_method_that_are_not_finite_are_never_written(tmp_path):
+    with pytest.raises(ResectError, match=r"a weight that is not finite in epoch 1, step 1 of 1.*no checkpoint"):
+        train_beside(tmp_path, Beside(factor=1e37), lr=1e3, weight_decay=0.0)
 
 
 def test_a_scheduler_takes_the_place_of_the_schedule_and_is_kept(tmp_path, monkeypatch):

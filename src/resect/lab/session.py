@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from resect.lab import checkpoint, pace
 from resect.lab.data import Data, Source, open_source
 from resect.lab.evaluate import check_fit
 from resect.lab.methods import MakeMethod, Method, NoMethod, make_distillation
-from resect.lab.optimize import make_optimizer
+from resect.lab.optimize import make_optimizer, param_groups
 from resect.lab.recipe import Recipe
 from resect.train.warmup import Warmable
 
@@ -57,6 +59,10 @@ class Session:
     def metrics(self) -> dict[str, float]:
         """Numbers for the history, by name."""
         return self.method.metrics() | (self.distil.metrics() if self.distil else {})
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of the net and those that the method brings along."""
+        return itertools.chain(self.model.parameters(), self.method.parameters())
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes, as a context."""
@@ -121,9 +127,8 @@ def start(
     optimizer = make_optimizer(model, config)
     wanted = recipe.settled().method
     method = make_method(wanted, model, optimizer, example) if wanted else NoMethod()
-    own = list(method.parameters())
-    if own:
-        optimizer.add_param_group({"params": own, "weight_decay": config.weight_decay})
+    for group in param_groups(method.parameters(), config):
+        optimizer.add_param_group(group)
     scheduler = None
     if config.schedule == "adaptive" and isinstance(method, resect.EpsilonGate):
         scheduler = resect.AdaptiveLR(optimizer, method)

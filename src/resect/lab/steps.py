@@ -28,7 +28,7 @@ def train_step(session: Session, batch: tuple[Tensor, Tensor]) -> Tensor:
         session.accelerator.backward(loss)
         total += loss.detach()
     if config.clip is not None:
-        session.accelerator.clip_grad_norm_(session.model.parameters(), config.clip)
+        session.accelerator.clip_grad_norm_(session.parameters(), config.clip)
     if session.scheduler is None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(session.step, session.steps, config)
@@ -46,7 +46,7 @@ def check_losses(session: Session, epoch: int, folder: Path) -> None:
 
 def check_weights(session: Session, epoch: int, folder: Path) -> None:
     """Raise unless every weight is finite after the step just done."""
-    if not all(parameter.isfinite().all() for parameter in session.model.parameters()):
+    if not all(parameter.isfinite().all() for parameter in session.parameters()):
         raise _diverged(session, "a weight that is not finite", epoch, len(session.losses) - 1, folder)
 
 

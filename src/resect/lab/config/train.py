@@ -19,7 +19,7 @@ class TrainConfig(Config):
     ``schedule``: "adaptive" is ε-ResNet's, which starts anew whenever more blocks are muted (`resect.AdaptiveLR`).
     ``milestones``: parts of the training after which the step schedule multiplies the rate by ``factor``.
     ``decay``: what weight decay acts on; "weights" leaves BatchNorm and biases out, as the ε-ResNet paper does.
-    ``clip``: largest norm of the gradient of all weights together; longer ones are shortened to it.
+    ``clip``: largest norm of the gradient of all weights together, a side head's too; longer ones are shortened to it.
     ``accumulate``: micro-batches that each batch is split into, for a model that is too large for the whole.
     ``precision``: "bf16" runs forward passes under autocast; weights, updates and the loss stay float32.
     ``precision``, ``channels_last``, ``compile``: "auto" takes what is fastest on this machine (see `pace`).
