@@ -384,6 +384,8 @@ def test_the_random_subset_control_says_what_it_cannot_do():
         resect.droppath_control("random-subset", net, blocks, drop_prob=resect.schedules.Ramp(0, 0.5, 10))
     with pytest.raises(InputError, match="drop_prob must be a number between 0 and 1"):
         resect.droppath_control("random-subset", net, blocks, drop_prob=2.0)
+    with pytest.raises(InputError, match=r"(?s)2 problems.*rule must be one of .* or 7 shares, one per block, not 2"):
+        resect.droppath_control("random-subset", net, blocks, drop_prob=2.0, rule=[1.0, 1.0])
     resect.droppath_control("random-subset", net, blocks, own_drop="replace")
 
 

@@ -17,7 +17,7 @@ from resect.train.method import Method
 from resect.train.problems import number_problems
 from resect.train.random_subset import RandomSubset
 from resect.train.residual_droppath import ResidualDroppath
-from resect.train.schedules import Rule, Schedule, drop_probs
+from resect.train.schedules import Rule, Schedule, drop_probs, rule_problems
 from resect.train.stochastic_depth import StochasticDepth
 
 
@@ -26,10 +26,11 @@ def _subset(
 ) -> RandomSubset:
     """As many blocks learn as run in a drop step on average."""
     options.pop("own_drop", None)  # it leaves no branch out
-    check_all(number_problems("drop_prob", drop_prob), "RandomSubset as a control")
+    blocks = resolve(model, blocks)
+    problems = [*number_problems("drop_prob", drop_prob), *rule_problems(rule, len(blocks))]
+    check_all(problems, "RandomSubset as a control")
     if callable(drop_prob):
         raise InputError("The control 'random-subset' lets a fixed number of blocks learn: drop_prob must be a number.")
-    blocks = resolve(model, blocks)
     kept = len(blocks) - sum(drop_probs(drop_prob, rule, len(blocks)))
     return RandomSubset(model, blocks, keep=round(kept), **options)
 
