@@ -115,6 +115,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_the_model_as_it_was():
         ({"data": iter(data), "batch_size": None, "steps": 9}, "ran dry"),
         ({"lr": 1e30}, "Lower lr"),
         ({"steps": 0, "lr": -1}, "2 problems"),
+        ({"seed": 2**64}, r"seed must be a whole number from 0 to 2\*\*64 - 1, not 18446744073709551616"),
         ({"data": [torch.randn(4, 3), torch.randn(4, 2, 3)]}, "batch_size=None"),
     ]:
         with pytest.raises(InputError, match=message):

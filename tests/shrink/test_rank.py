@@ -210,6 +210,8 @@ def test_recoverability_is_a_short_fit_for_each_unit(setup):
     for name, score in ranking.scores.items():
         assert score == recoverability(net, blocks, name, data)
     assert ranking.ladder[0].units == (min(ranking.scores, key=ranking.scores.get),)
+    with pytest.raises(InputError, match=r"seed must be a whole number .*, not -1"):
+        resect.rank(net, blocks, data, by="recoverability", seed=-1)
     fewer = resect.rank(net, blocks, data, by="recoverability", steps=2, seed=1)
     assert fewer.scores["layers.3"] == recoverability(net, blocks, "layers.3", data, steps=2, seed=1)
 

@@ -25,7 +25,7 @@ from resect.blocks.trace import quiet
 from resect.blocks.unwrap import unwrap
 from resect.errors import InputError, check_all
 from resect.shrink.history import name_in
-from resect.shrink.samples import SAMPLES, again_and_again, dealt, first_batches, joined, size_of
+from resect.shrink.samples import SAMPLES, again_and_again, dealt, first_batches, joined, seed_problems, size_of
 
 LR = 1e-3
 """Of AdamW, which needs no other rate for transformers: in 100 steps it came closer than SGD at PRACTISE's 0.02
@@ -82,7 +82,7 @@ def mimic(
     >>> losses = resect.mimic(small, model, data)
     """
     small, model = unwrap(small), unwrap(model)
-    _check(small, model, steps, lr, batch_size, samples)
+    _check(small, model, steps, lr, batch_size, samples, seed)
     if batch_size is None:
         batches = again_and_again(data)
     else:
@@ -103,7 +103,9 @@ def mimic(
         small.zero_grad()
 
 
-def _check(small: nn.Module, model: nn.Module, steps: int, lr: float, batch_size: int | None, samples: int) -> None:
+def _check(
+    small: nn.Module, model: nn.Module, steps: int, lr: float, batch_size: int | None, samples: int, seed: int
+) -> None:
     check_detached(small)
     counts = {"steps": steps, "samples": samples} | ({} if batch_size is None else {"batch_size": batch_size})
     check_all(
@@ -112,7 +114,8 @@ def _check(small: nn.Module, model: nn.Module, steps: int, lr: float, batch_size
             for name, value in counts.items()
             if isinstance(value, bool) or not isinstance(value, int) or value < 1
         ]
-        + ([] if isinstance(lr, (int, float)) and 0 < lr < math.inf else [f"lr must be above 0, not {lr!r}"]),
+        + ([] if isinstance(lr, (int, float)) and 0 < lr < math.inf else [f"lr must be above 0, not {lr!r}"])
+        + seed_problems(seed),
         "mimic",
     )
     own = {id(parameter) for parameter in model.parameters()}

@@ -12,9 +12,10 @@ from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, closed, resolve
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.unwrap import unwrap
+from resect.errors import check_all
 from resect.shrink.mimic import LR, feature_distance, fit, inputs_of
 from resect.shrink.remove import copied
-from resect.shrink.samples import SAMPLES, dealt, first_batches, joined, size_of
+from resect.shrink.samples import SAMPLES, dealt, first_batches, joined, seed_problems, size_of
 
 
 def recoverability(
@@ -35,12 +36,13 @@ def recoverability(
 
     The mean squared distance in eval mode, on the samples that were mimicked; lower is better. PRACTISE ranks blocks
     by it per millisecond saved; it fits 1×1 convolutions beside the block for 1000 steps, here all that is left
-    learns. The model is left alone.
+    learns. The model is left alone. Raises ``InputError`` for a seed that torch does not take.
 
     Parameters
     ----------
     gone: the blocks to go, as ``blocks.select`` takes them. All else is as in ``mimic``.
     """
+    check_all(seed_problems(seed), "recoverability")
     model = unwrap(model)
     going = resolve(model, blocks).select(gone)
     small = copied(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from resect.errors import InputError
 
 SAMPLES = 512
 """How many are kept where nothing else is said."""
+
+
+def seed_problems(seed: int) -> list[str]:
+    """Say what is wrong with a seed for torch's generators; nothing if it is fine."""
+    if isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < 2**64:
+        return []
+    return [f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}"]
 
 
 def first_batches(model: nn.Module, data: Iterable[Any], samples: int = SAMPLES) -> list[Any]:
