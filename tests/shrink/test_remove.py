@@ -74,6 +74,28 @@ class Gamma(nn.Module):
         return x + self.drop(self.f(x) * self.gamma)
 
 
+def test_blocks_inside_one_another_come_back_where_they_were(monkeypatch):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Linear(6, 6), Net((False,)).layers[0], nn.Linear(6, 6))
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.norm(x + self.branch(x))
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 6), Around(), Around()).eval(), torch.randn(4, 5)
+    blocks = resect.find_blocks(net, x) + resect.block(net, x, branch="1.branch.1.a")
+    names = ["1.branch.1/a", "1/branch"]
+    before, keys = net(x), list(net.state_dict())
+    monkeypatch.setattr(removing, "compare", lambda *_: "it was made to")
+    with pytest.raises(ProofError, match="it was made to"):
+        resect.remove(net, blocks, names, in_place=True)
+    assert list(net.state_dict()) == keys
+    assert torch.equal(net(x), before)
+
+
 def test_a_raw_parameter_goes_with_its_branch_and_comes_back_when_loaded(tmp_path):
     net, x = Gamma(), torch.randn(2, 4)
     blocks = resect.find_blocks(net, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resect.analyse.repeatable import check_repeatable
-from resect.blocks.example import Example, device_of, to_device
+from resect.blocks.example import Example, as_dict, device_of, to_device
 from resect.errors import InputError
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -30,6 +30,7 @@ class Batch:
     @classmethod
     def of(cls, batch: Any, model: nn.Module) -> Batch:
         """Read ``(inputs, target)`` or a mapping; raises ``InputError`` for anything else and for no samples."""
+        batch = as_dict(batch)
         if isinstance(batch, Mapping):
             inputs, target, counted = batch, batch, batch.get("labels", batch)
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -42,7 +43,7 @@ class Batch:
         sizes = [len(leaf) for leaf in tree_leaves(counted) if isinstance(leaf, Tensor) and leaf.dim()]
         if not sizes or not sizes[0]:
             raise InputError("The number of samples cannot be told: the target holds no tensor with samples in front.")
-        target = to_device(dict(target) if isinstance(target, Mapping) else target, device_of(model))
+        target = to_device(target, device_of(model))
         return cls(Example.of(inputs).to(device_of(model)), target, sizes[0])
 
     def part(self, start: int, stop: int) -> Batch:

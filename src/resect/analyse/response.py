@@ -6,7 +6,7 @@ one number per sample and block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,7 @@ from resect.analyse.streams import Look, Pool, Streams, samples_of, unwatched
 from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, device_of, forward_batch, to_device
 from resect.blocks.gate import Which, gates, resolve
-from resect.blocks.measure import Progress
+from resect.blocks.measure import Progress, count_of
 from resect.blocks.metrics import logits_of, target_of
 from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.unwrap import eager
@@ -87,7 +87,7 @@ def block_response(
     blocks = resolve(model, blocks)
     blocks, left_out = _watchable(blocks)
     found = _Sums(blocks, probes, left_out)
-    total = len(data) if isinstance(data, Sized) else 0
+    total = count_of(data)
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(kept_buffers(model))
@@ -98,7 +98,7 @@ def block_response(
         model.eval()
         streams = Streams(model, blocks, handle, gradient)
         for done, batch in enumerate(data, start=1):
-            batch = to_device(dict(batch) if isinstance(batch, Mapping) else batch, device_of(model))
+            batch = to_device(batch, device_of(model))
             if not samples_of(batch):
                 continue
             target = _target(batch) if probes or gradient or pool is None else None

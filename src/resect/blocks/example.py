@@ -128,10 +128,16 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """Move every tensor inside nested tuples, lists and dicts."""
+    """Move every tensor of a batch, inside nested tuples, lists and dicts; None: they stay. See ``as_dict``."""
+    value = as_dict(value)
     if device is None:
         return value
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
+def as_dict(batch: Any) -> Any:
+    """Return a dict for a mapping that is none (transformers' ``BatchEncoding``), in which torch sees no tensors."""
+    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 
 def forward_batch(model: nn.Module, batch: Any) -> Any:

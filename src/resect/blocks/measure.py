@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,15 @@ Progress = Callable[[int, int], None]
 
 Evaluate = Callable[[nn.Module, Any], Tensor]
 """``evaluate(model, batch)`` runs the model as it likes and gives one number per sample, (B,); their mean counts."""
+
+
+def count_of(data: Any) -> int:
+    """Return how many batches data hold; 0 where they do not say, as a loader of an ``IterableDataset``."""
+    try:
+        return len(data)
+    except TypeError:
+        return 0
+
 
 Values = dict[tuple[str, ...], float]
 
@@ -150,7 +159,7 @@ def _one_pass(
     if not subsets:
         return {}, facts
     totals, counts = dict.fromkeys(subsets, 0.0), dict.fromkeys(subsets, 0)
-    device, batches = device_of(model), len(data) if isinstance(data, Sized) else 0
+    device, batches = device_of(model), count_of(data)
     with running(model, blocks, forward, proof) as run:
         for number, batch in enumerate(data, start=1):
             batch = to_device(batch, device)

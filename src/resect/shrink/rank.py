@@ -107,8 +107,9 @@ def rank(
     depth = count if depth is None else depth
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count or width < 1:
         raise InputError(f"depth must be a whole number from 1 to {count}, the {kind}s ranked, and width at least 1.")
-    missed = Missed(model, blocks, data or (), metric, forward, progress)
-    score = _scorer(model, blocks, data or (), by, units, metric, forward, steps, seed, missed)
+    data = () if data is None else data
+    missed = Missed(model, blocks, data, metric, forward, progress)
+    score = _scorer(model, blocks, data, by, units, metric, forward, steps, seed, missed)
     control = by in CONTROLS
 
     def gain(places: tuple[int, ...]) -> float:

@@ -215,8 +215,8 @@ def take_out(model: nn.Module, blocks: Iterable[ResidualBlock]) -> dict[str, Any
 
 
 def put_back(model: nn.Module, originals: dict[str, Any]) -> None:
-    """Undo ``take_out``."""
-    for name, original in originals.items():
+    """Undo ``take_out``, last to first: what was taken from inside a branch finds its parent there again."""
+    for name, original in reversed(originals.items()):
         if isinstance(original, ExitStack):
             original.close()
             continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from resect.blocks.example import device_of, to_device
+from resect.blocks.example import as_dict, device_of, to_device
 from resect.blocks.template import tensors_in
 from resect.errors import InputError
 
@@ -42,7 +42,7 @@ def first_batches(model: nn.Module, data: Iterable[Any], samples: int = SAMPLES)
 
 def size_of(batch: Any) -> int:
     """Return how many samples a batch has."""
-    return max((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), default=1)
+    return max((len(tensor) for tensor in tensors_in(as_dict(batch)) if tensor.dim()), default=1)
 
 
 def joined(batches: list[Any]) -> Any:

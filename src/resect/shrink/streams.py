@@ -150,9 +150,8 @@ class Values:
 
     def begin(self, batch: Any) -> None:
         """Forget the pass before; the next one is of this batch."""
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-        self.tokens = bool(tensors) and not tensors[0].is_floating_point()
-        mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+        self.tokens = _of_tokens(batch)
+        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.starts, self.waiting = {}, Counter(names[0] for names in self.sets)
 
@@ -195,6 +194,17 @@ class Values:
         mask = self.mask if self.mask is not None and self.mask.shape == places.shape[:2] else None
         look: Look = {"influence": everywhere, "size": whole, "angle": last if self.tokens else some}[self.by]
         return look(places, mask)
+
+
+def _of_tokens(batch: Any) -> bool:
+    """Whether the inputs are token ids: ``input_ids`` where they have names, else no input is of floating point."""
+    if isinstance(batch, dict):
+        inputs: Any = [value for name, value in batch.items() if name != "labels"]
+    else:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    named = isinstance(batch, dict) and "input_ids" in batch
+    return named or (bool(tensors) and not any(tensor.is_floating_point() for tensor in tensors))
 
 
 class Join:

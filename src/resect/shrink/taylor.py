@@ -92,7 +92,11 @@ class Times:
 
 def _ones(batch: Any, shape: tuple[int, ...]) -> Tensor:
     """A factor 1 for each sample that broadcasts against a branch end of a shape like ``shape``."""
-    first = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        raise InputError(
+            f"A batch must hold tensors: (inputs, target), or a mapping; this is a {type(batch).__name__}."
+        )
     return torch.ones(len(first), *(1 for _ in shape[1:]), device=first.device, requires_grad=True)
 
 
