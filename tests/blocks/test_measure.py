@@ -174,6 +174,21 @@ def test_a_store_of_other_weights_is_refused_though_they_score_alike(setup, tmp_
         list(measured(net, blocks, data, subsets, same, store=file))
 
 
+def test_a_store_of_other_data_is_refused_though_the_model_scores_alike(setup, tmp_path):
+    net, blocks, data, subsets = setup
+    file = tmp_path / "store.jsonl"
+    same = lambda output, batch: torch.ones(len(output))  # noqa: E731  # whatever the data
+    list(measured(net, blocks, data, subsets, same, store=file))
+    content = file.read_text()
+    for other in ([(x + 1, y) for x, y in data], [(x, y.flip(0)) for x, y in data], data[::-1]):
+        with pytest.raises(InputError, match="data was"):
+            list(measured(net, blocks, other, subsets, same, store=file))
+    assert file.read_text() == content
+    file.write_text(content.replace("measurements-2", "measurements-1"))
+    with pytest.raises(FileError, match="written by an earlier version of Resect and does not say what data"):
+        list(measured(net, blocks, data, subsets, same, store=file))
+
+
 def test_perplexity_is_the_exponential_of_the_mean_however_it_is_asked_for(setup):
     net, blocks, data, subsets = setup
     whole, values = measure_closed(net, blocks, data, subsets, "perplexity")

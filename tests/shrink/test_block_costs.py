@@ -161,6 +161,26 @@ def test_blocks_inside_one_another_do_not_add_up():
         _check(Blocks([outer, *others, inner]))
 
 
+def test_a_block_inside_another_s_branch_counts_once():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Linear(6, 6), Net((False,)).layers[0], nn.Linear(6, 6))
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.norm(x + self.branch(x))
+
+    net, x = nn.Sequential(nn.Linear(5, 6), Around(), Around()).eval(), torch.randn(1, 5)
+    blocks = resect.find_blocks(net, x) + resect.block(net, x, branch="1.branch.1.a")
+    costs = resect.block_costs(net, blocks, x, batches=())
+    for gone in (["1.branch.1/a"], ["1/branch"], ["1.branch.1/a", "1/branch"], blocks.names):
+        small = resect.remove(net, blocks, gone)
+        left = {"parameters": sum(p.numel() for p in small.parameters()), "flops": cost.count_flops(small, x)}
+        for quantity, value in left.items():
+            assert costs.saved(quantity, gone) == pytest.approx(1 - value / costs.whole[quantity])
+
+
 def test_what_stretches_take_adds_up_to_a_pass():
     rows = [[1.0, 1.0, 9.0], [1.0, 9.0, 1.0], [9.0, 1.0, 1.0]]  # in every pass one is held up, and each mostly is not
     took, _ = _summary(rows)

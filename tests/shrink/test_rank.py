@@ -261,6 +261,40 @@ def test_the_model_is_left_alone(setup):
     assert not resect.blocks.gate.held(net)
 
 
+@pytest.mark.parametrize("search", ["once", "runs"])
+def test_a_layer_with_another_shortcut_inside_has_no_score_of_the_stream(search):
+    class Layer(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first = Net((False,)).layers[0]
+            self.shortcut = nn.Linear(6, width)
+            self.branch = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, width))
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.shortcut(x) + self.branch(x)
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Layer(6), Layer(8), nn.Linear(8, 4)).eval(), torch.randn(4, 6)
+    blocks = resect.find_blocks(net, x)
+    assert {name: len(layer) for name, layer in blocks.layers().items()} == {"0": 2, "1": 2}
+    for by in ("influence", "angle", "size"):
+        with pytest.raises(BlocksError, match=r"(?s)comes a shortcut that is no identity.*unit='block'.*'0': .*'1': "):
+            resect.rank(net, blocks, [x], by=by, search=search)
+    data = [(x, torch.tensor([0, 1, 2, 3]))]
+    assert len(resect.rank(net, blocks, data, by="lesion", search=search).scores) == 2
+
+
+def test_a_metric_of_taylor_is_one_differentiable_number_per_sample(setup):
+    net, blocks, data = setup
+    mean = lambda output, batch: nn.functional.cross_entropy(output, batch[1])  # noqa: E731
+    wrong = lambda output, batch: (output.argmax(1) != batch[1]).float()  # noqa: E731
+    with pytest.raises(InputError, match="must return one number per sample"):
+        resect.rank(net, blocks, data, by="taylor", metric=mean)
+    with pytest.raises(InputError, match="no gradient comes of this one"):
+        resect.rank(net, blocks, data, by="taylor", metric=wrong)
+
+
 def test_what_cannot_be_ranked_is_refused(setup):
     net, blocks, data = setup
     for options, message in (

@@ -359,6 +359,19 @@ def test_nothing_is_merged_across_a_norm():
     assert run["error"] < run["error_removed"]
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_selection_of_blocks_is_replaced_as_all_of_them_are(first):
+    torch.manual_seed(0)
+    net, x = Stream(*(Curved(6) for _ in range(4))).eval(), torch.randn(3, 5)
+    blocks = found(net, x)
+    whole = resect.replace(net, blocks, ["layers.2"], batches(5))
+    part = resect.replace(net, blocks[first:], ["layers.2"], batches(5))
+    (of_all,), (of_part,) = facts(whole).values(), facts(part).values()
+    assert of_all["merged_into"] is not None
+    assert of_part["merged_into"] == (of_all["merged_into"] if first == 1 else None)
+    assert torch.equal(part(x), whole(x)) or first == 2
+
+
 class Outside(Stream):
     """Its branches end in the owner's own code."""
 

@@ -78,8 +78,8 @@ def lesion_study(
     seed: of the draws; the same seed gives the same draws for the same names on any machine.
     forward: how to run one batch, ``(model, batch) -> output``, where the default does not fit.
     evaluate: ``evaluate(model, batch)`` that runs the model and gives one number per sample, instead of ``metric``.
-    store: a file for what is finished; an interrupted study that is given it again goes on from there. It holds what
-        closing blocks gives; swaps and paths are measured again.
+    store: a file for what is finished; an interrupted study that is given it again goes on from there, with the
+        same batches in the same order. It holds what closing blocks gives; swaps and paths are measured again.
     progress: called as ``progress(done, total)`` as measurements finish.
 
     Several processes (``torch.distributed``) share out the subsets, with the same result as one.

@@ -18,7 +18,7 @@ from resect.blocks.example import Forward, device_of, forward_batch, to_device
 from resect.blocks.metrics import Metric, finished, metric_named
 from resect.blocks.ranks import rank_of_ranks, together
 from resect.blocks.running import Proof, Subset, canonical, in_order, running
-from resect.blocks.store import Store, fingerprint
+from resect.blocks.store import Store, fingerprint, noting
 from resect.blocks.units import is_sharded
 from resect.errors import BlocksError, InputError, quoted
 
@@ -75,7 +75,8 @@ def measured(
     forward: how to run one batch, ``(model, batch) -> output``.
     progress: called as ``progress(done, total)``, in subsets.
     evaluate: ``evaluate(model, batch)`` runs the model and gives one number per sample.
-    store: a file for what is finished, 16 subsets at a time. What it holds of the same study is not measured again.
+    store: a file for what is finished, 16 subsets at a time. What it holds of the same study (model, metric, the same
+        batches in the same order) is not measured again.
     proof: carries from one call to the next what was found out about leaving out what networks share.
 
     Raises ``BlocksError`` for an empty selection; ``InputError`` for data without samples or that cannot be repeated,
@@ -102,9 +103,8 @@ def measured(
         share = [()] * first + (todo if is_sharded(model) else todo[rank::ranks])
         tell = partial(_tell, progress, done, len(chunk), total) if progress else None
         facts = study | {"subsets": _digest(chunk, last)}
-        told = together(
-            partial(_one_pass, model, blocks, data, share, measure, evaluate or forward, proof, tell, facts)
-        )
+        work = partial(_one_pass, model, blocks, data, share, measure, evaluate or forward, proof, tell, facts)
+        told = together(partial(work, stored=store is not None))
         _check_same([facts for _, facts in told])
         values = {subset: value for found, _ in told for subset, value in found.items()}
         together(partial(_keep, kept, values, told[0][1] if first else None))
@@ -154,14 +154,18 @@ def _one_pass(
     proof: Proof,
     tell: Callable[[float], None] | None,
     facts: dict[str, Any],
+    stored: bool,
 ) -> tuple[Values, dict[str, Any]]:
-    """Return the mean of the metric per subset over one pass; and the ``facts``, with those of the whole model."""
+    """Return the mean of the metric per subset over one pass; and the ``facts``, with those of the whole model.
+
+    ``stored``: take down what the data are, for the store.
+    """
     if not subsets:
         return {}, facts
     totals, counts = dict.fromkeys(subsets, 0.0), dict.fromkeys(subsets, 0)
-    device, batches = device_of(model), count_of(data)
+    device, batches, digest = device_of(model), count_of(data), hashlib.sha256()
     with running(model, blocks, forward, proof) as run:
-        for number, batch in enumerate(data, start=1):
+        for number, batch in enumerate(noting(data, digest) if stored and () in totals else data, start=1):
             batch = to_device(batch, device)
             for subset, output in zip(subsets, run.each(batch, subsets), strict=True):
                 values = _per_sample(measure(output, batch))
@@ -174,7 +178,11 @@ def _one_pass(
     if not all(counts.values()):
         raise InputError("The data gave no samples. Pass a list of batches or a DataLoader, not an exhausted iterator.")
     means = {subset: finished(measure, totals[subset] / counts[subset]) for subset in subsets}
-    return means, facts | ({"samples": counts[()], "baseline": means[()]} if () in means else {})
+    if () in means:
+        facts = (
+            facts | {"samples": counts[()], "baseline": means[()]} | ({"data": digest.hexdigest()} if stored else {})
+        )
+    return means, facts
 
 
 def _as_given(output: Any, batch: Any) -> Any:
@@ -211,7 +219,7 @@ def _tell(progress: Progress, done: int, chunk: int, total: int, share: float) -
 
 def _keep(kept: Store | None, values: Values, facts: dict[str, Any] | None) -> None:
     if kept and facts:
-        kept.begin({key: facts[key] for key in ("samples", "baseline")})
+        kept.begin({key: facts[key] for key in ("samples", "baseline", "data")})
     if kept:
         kept.add((subset, value) for subset, value in values.items() if subset)
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from resect.blocks.example import as_dict
 from resect.errors import FileError, InputError
 from resect.files import write_text
 
-FORMAT = "resect-measurements-1"
+FORMAT = "resect-measurements-2"
+_WITHOUT_DATA = "resect-measurements-1"
 
 
 class Store:
@@ -40,12 +44,17 @@ class Store:
         try:
             self._header, *rows = (json.loads(line) for line in whole.splitlines())
             found = {tuple(row["closed"]): float(row["value"]) for row in rows}
-            if self._header["format"] != FORMAT:
+            if self._header["format"] not in (FORMAT, _WITHOUT_DATA):
                 raise KeyError("format")
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(
                 f"{str(self.path)!r} holds no measurements of a study, or is damaged. Choose another file."
             ) from error
+        if self._header["format"] == _WITHOUT_DATA:
+            raise FileError(
+                f"{str(self.path)!r} was written by an earlier version of Resect and does not say what data its values "
+                "come from. Choose another file."
+            )
         self._compare(self.study)
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
@@ -86,6 +95,18 @@ def fingerprint(model: nn.Module) -> str:
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             digest.update(name.encode() + save({"": local.detach().contiguous()}))
     return digest.hexdigest()
+
+
+def noting(data: Iterable[Any], digest: Any) -> Iterator[Any]:
+    """Yield the batches of data, and take down in a hash what each of them holds."""
+    for batch in data:
+        for leaf in tree_leaves(as_dict(batch)):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                bits = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + save({"": bits}))
+            elif isinstance(leaf, (str, int, float)):
+                digest.update(repr(leaf).encode())
+        yield batch
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -19,14 +19,17 @@ from resect.blocks.modes import kept_buffers
 from resect.blocks.unwrap import unwrap
 from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
 from resect.shrink.remove import take_out
-from resect.shrink.timed import Latency, timed
+from resect.shrink.timed import Latency, inside, timed
 
 QUANTITIES = ("latency", "flops", "parameters")
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What the whole network costs, and what goes with each of its blocks; costs of several blocks add up."""
+    """What the whole network costs, and what goes with each of its blocks; costs of several blocks add up.
+
+    A block inside another's branch counts once where both go.
+    """
 
     names: tuple[str, ...]
     whole: Mapping[str, int]
@@ -35,6 +38,8 @@ class BlockCosts:
     """The same of each block: ``costs.each["flops"]["layer3.4/conv1"]``."""
     latencies: Mapping[int, Latency]
     """Milliseconds by batch size: of what is left without any block, and of each block."""
+    outer: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """The blocks in whose branches a block lies: where one of them goes, its costs hold those of the inner one."""
 
     def latency(self, without: Iterable[str] = (), batch: int | None = None) -> tuple[float, float]:
         """Return the milliseconds of the network without some blocks, and ±: the half-width of their 95 % interval.
@@ -68,10 +73,9 @@ class BlockCosts:
             if not self.latencies:
                 raise InputError("These costs hold no latency: block_costs(…, batches=(1, 32)) measures it.")
             return min(1 - self.latency(without, batch)[0] / self.latency((), batch)[0] for batch in self.latencies)
-        gone = sum(
-            self.each[quantity][name] for name, kept in zip(self.names, self._kept(without), strict=True) if not kept
-        )
-        return gone / max(1, self.whole[quantity])
+        gone = {name for name, kept in zip(self.names, self._kept(without), strict=True) if not kept}
+        saved = sum(self.each[quantity][name] for name in gone if gone.isdisjoint(self.outer.get(name, ())))
+        return saved / max(1, self.whole[quantity])
 
     def _kept(self, without: Iterable[str]) -> Tensor:
         gone = {self._meant(name) for name in without}
@@ -166,6 +170,7 @@ def block_costs(
         {"flops": flops, "parameters": sum(parameter.numel() for parameter in model.parameters())},
         {"flops": gone, "parameters": {block.name: block.parameters for block in blocks}},
         latencies,
+        {block.name: [other.name for other in blocks if inside(block, other)] for block in blocks},
     )
 
 

@@ -42,9 +42,9 @@ def projection_of(
     The block before must stay, hand its sum to ``first`` as it is (or through a ReLU, which changes nothing twice),
     and end in a layer that no other part of the model uses and whose output is its branch's value to the bit.
     """
-    if first.index == 0 or first.shortcut != "identity":
+    before = next((block for block in blocks if block.index == first.index - 1), None)
+    if before is None or first.shortcut != "identity":
         return None
-    before = blocks[first.index - 1]
     alone = sum(other.sum == before.sum for other in blocks) == 1
     if before.name in going or before.shape != first.shape or not (before.scalable and first.scalable and alone):
         return None

@@ -13,7 +13,7 @@ from resect.blocks.block import Blocks
 from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
 from resect.blocks.measure import Progress
-from resect.blocks.metrics import Metric, metric_label
+from resect.blocks.metrics import Metric, metric_label, metric_named
 from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
 from resect.shrink import search as find
 from resect.shrink.costs import BlockCosts
@@ -92,7 +92,7 @@ def rank(
     ------
     InputError: unknown options, with the nearest that exist; options without effect; numbers that are missing, not
         finite, or of unknown blocks; data that run dry; a metric that is NaN.
-    BlocksError: no blocks, or blocks that a score cannot look at.
+    BlocksError: no blocks, or blocks or layers that a score cannot look at.
 
     >>> ranking = resect.rank(model, blocks, data, by="influence")
     >>> plan = ranking.choose(n=4)
@@ -103,6 +103,8 @@ def rank(
     check_all(option_mistakes(by, unit, search, costs=costs is not None, steps=steps), "rank()")
     _check_data(by, search, data)
     units, kind = units_of(blocks, unit)
+    if by in SCORES:
+        _check_unbroken(blocks, units, str(by))
     sets, count = list(units.values()), len(units)
     depth = count if depth is None else depth
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count or width < 1:
@@ -178,7 +180,7 @@ def _scorer(
     if by == "lesion":
         return missed.rises
     if by == "taylor":
-        loss = {} if isinstance(metric, str) else {"loss": metric}
+        loss = {} if isinstance(metric, str) else {"loss": metric_named(metric)}
         return lambda gone, sets: taylor_scores(model, blocks, data, gone, sets, forward, **loss)
     if by == "recoverability":
         how: dict[str, Any] = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
@@ -243,6 +245,16 @@ def option_mistakes(by: Any, unit: Any, search: Any, *, costs: bool = False, ste
     elif steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         wrong.append(f"steps must be a whole number of at least 1, not {steps!r}.")
     return wrong
+
+
+def _check_unbroken(blocks: Blocks, units: Mapping[str, Set], by: str) -> None:
+    """Raise ``BlocksError`` for units with another shortcut inside: the stream before is not what they leave behind."""
+    check_all(
+        (f"{name!r}: {quoted(names)}" for name, names in units.items() if not unbroken(blocks, names)),
+        f"by={by!r} compares the stream before and after, and after the first block of these layers comes a shortcut "
+        "that is no identity. Use unit='block' or by='lesion'",
+        BlocksError,
+    )
 
 
 def _check_data(by: Any, search: Search, data: Any) -> None:

@@ -61,6 +61,11 @@ def taylor_scores(
             losses = loss(forward(model, batch), batch)
             if not losses.numel():
                 continue
+            if not losses.requires_grad:
+                raise InputError(
+                    "by='taylor' goes backward from the metric, and no gradient comes of this one: take a loss, as "
+                    "metric='cross_entropy', or rank by='lesion'."
+                )
             found = torch.autograd.grad(losses.sum(), factors, allow_unused=True)
             idle = [name for name, gradient in zip(names, found, strict=True) if gradient is None]
             if idle:

@@ -145,10 +145,12 @@ def _groups(unseen: list[bool]) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _check(blocks: Blocks) -> None:
-    def inside(one: ResidualBlock, other: ResidualBlock) -> bool:
-        return any(a.startswith(f"{b}.") for a in one.modules for b in other.modules)
+def inside(one: ResidualBlock, other: ResidualBlock) -> bool:
+    """Whether a block lies in the branch of another."""
+    return any(a.startswith(f"{b}.") for a in one.modules for b in other.modules)
 
+
+def _check(blocks: Blocks) -> None:
     check_all(
         (
             f"{one.name!r} lies in the branch of {other.name!r}"
