@@ -19,7 +19,7 @@ from resect.analyse.place import Place, join_seen, looking
 from resect.blocks.block import Blocks, ResidualBlock
 from resect.blocks.gate import Gates, Which, gates, resolve
 from resect.blocks.inflight import AbsentError
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import kept_buffers, kept_modes
 from resect.errors import BlocksError, InputError, check_all, quoted
 
 Act = Callable[[Gates], None]
@@ -122,14 +122,14 @@ def open_gates(_: Gates) -> None:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients, all restored afterwards."""
+    """Eval mode with gradients, all restored afterwards, buffers too."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     # Frozen weights would cut the graph between the loss and the place asked for.
     for parameter in wanted:
         if parameter.is_floating_point():
             parameter.requires_grad_()
     try:
-        with kept_modes(model), torch.enable_grad():
+        with kept_modes(model), kept_buffers(model), torch.enable_grad():
             model.eval()
             yield
     finally:

@@ -179,9 +179,8 @@ def _one_pass(
         raise InputError("The data gave no samples. Pass a list of batches or a DataLoader, not an exhausted iterator.")
     means = {subset: finished(measure, totals[subset] / counts[subset]) for subset in subsets}
     if () in means:
-        facts = (
-            facts | {"samples": counts[()], "baseline": means[()]} | ({"data": digest.hexdigest()} if stored else {})
-        )
+        data_noted = {"data": digest.hexdigest()} if stored else {}
+        facts = facts | {"samples": counts[()], "baseline": means[()]} | data_noted
     return means, facts
 
 

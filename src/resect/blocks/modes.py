@@ -26,14 +26,25 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         places = [(module._buffers, *item) for module in model.modules() for item in module._buffers.items()]
         self._kept: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = [
-            (holder, name, buffer, buffer.clone()) for holder, name, buffer in places if buffer is not None
+            (holder, name, buffer, _each_once(buffer).clone()) for holder, name, buffer in places if buffer is not None
         ]
 
     def restore(self) -> None:
         """Put every buffer back."""
-        with torch.no_grad():
-            for holder, name, buffer, value in self._kept:
-                holder[name] = buffer.copy_(value)
+        for holder, name, buffer, value in self._kept:
+            # What was made in inference mode can only be written there.
+            with torch.inference_mode() if buffer.is_inference() else torch.no_grad():
+                _each_once(buffer).copy_(value)
+            holder[name] = buffer
+
+
+def _each_once(tensor: Tensor) -> Tensor:
+    """A view of a tensor without what repeats in an expanded one, which cannot be written as a whole."""
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    for dim, stride in enumerate(strides):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 @contextmanager

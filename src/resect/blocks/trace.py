@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from resect.blocks.example import Example, device_of
-from resect.blocks.modes import kept_modes
+from resect.blocks.modes import kept_buffers, kept_modes
 from resect.blocks.template import paths_of, pick, template_of, tensors_in
 
 SUMS = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_"})
@@ -234,12 +234,12 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, a fixed seed, the attention fast path off; all restored afterwards."""
+    """Eval mode, no gradients, a fixed seed, the attention fast path off; all restored afterwards, buffers too."""
     fast = torch.backends.mha.get_fastpath_enabled()
     # The fast path computes a whole layer in one operation, in which no branch can be seen.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with kept_modes(model), torch.no_grad(), torch.random.fork_rng():
+        with kept_modes(model), kept_buffers(model), torch.no_grad(), torch.random.fork_rng():
             model.eval()
             torch.manual_seed(0)
             yield
