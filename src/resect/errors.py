@@ -6,6 +6,8 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class ResectError(Exception):
@@ -104,3 +106,10 @@ def check_all(
         lines = "".join(f"\n  - {problem}" for problem in found[:limit])
         lines += f"\n  … and {len(found) - limit} more" if limit is not None and len(found) > limit else ""
         raise error(f"{summary}: {len(found)} problems{lines}")
+
+
+def check_counts(**counts: tuple[Any, int]) -> None:
+    """Raise ``InputError`` unless each value is a whole number of at least its minimum: ``check_counts(n=(n, 1))``."""
+    for name, (value, low) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
+            raise InputError(f"{name} must be a whole number of at least {low}, not {value!r}.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -109,6 +111,78 @@ def test_the_interval_is_students():
     low, high = interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
     assert interval([1.0]) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(30, 2.0423), (31, 2.0395), (40, 2.0211), (120, 1.9799), (1000, 1.9623)])
+def test_the_interval_of_many_is_students_too(freedom, t):
+    values = [float(number % 2) for number in range(freedom + 1)]
+    low, high = interval(values)
+    assert (high - low) / 2 == pytest.approx(t * statistics.stdev(values) / math.sqrt(freedom + 1), rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"random_counts": [1], "draws": 2.5}, "draws must be a whole number of at least 1, not 2.5"),
+        ({"random_counts": [1], "draws": "3"}, "draws must be a whole number of at least 1, not '3'"),
+        ({"greedy": 2.7}, "greedy must be a number of blocks from 0 to 5, but is 2.7"),
+    ],
+)
+def test_numbers_that_are_not_whole_are_refused(setup, options, message):
+    net, blocks, data, _ = setup
+    with pytest.raises(InputError, match=message):
+        resect.lesion_study(net, blocks, data, **options)
+
+
+class Scores(OrderedDict):
+    """An output as transformers has it: by name, by attribute, by place."""
+
+    __getattr__ = OrderedDict.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("wrap", "read"),
+    [
+        (lambda scores: Scores(logits=scores), lambda output: output["logits"]),
+        (lambda scores: Scores(logits=scores), lambda output: output.logits),
+        (lambda scores: (scores, "more"), lambda output: output[0]),
+    ],
+)
+def test_a_metric_reads_an_ensemble_as_it_reads_the_model(setup, wrap, read):
+    net, blocks, data, _ = setup
+    metric = lambda output, batch: nn.functional.cross_entropy(read(output), batch[1], reduction="none")  # noqa: E731
+    forward = lambda model, batch: wrap(model(batch[0]))  # noqa: E731
+    study = resect.lesion_study(net, blocks, data, metric=metric, forward=forward, paths=1, draws=2)
+    plain = resect.lesion_study(net, blocks, data, metric="cross_entropy", paths=1, draws=2)
+    values = [lesion.value for lesion in plain.of("ensembles")]
+    assert values
+    assert [lesion.value for lesion in study.of("ensembles")] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.float32])
+def test_labels_of_any_type_are_classes(setup, kind):
+    net, blocks, data, _ = setup
+    other = [(x, y.to(kind)) for x, y in data]
+    for metric in ("top1", "cross_entropy"):
+        wanted = resect.lesion_study(net, blocks, data, metric=metric).baseline
+        assert resect.lesion_study(net, blocks, other, metric=metric).baseline == wanted
+    if kind is torch.float32:
+        with pytest.raises(InputError, match="no whole numbers"):
+            resect.lesion_study(net, blocks, [(x, y + 0.5) for x, y in other])
+        return
+    assert resect.block_response(net, blocks, other).rows() == resect.block_response(net, blocks, data).rows()
+
+
+def test_parts_of_batches_and_lengths_are_checked(setup):
+    net, blocks, data, _ = setup
+    loss = nn.functional.cross_entropy
+    for chunk in (0, -1, 2.5):
+        with pytest.raises(InputError, match="chunk must be a whole number of at least 1"):
+            resect.block_gradients(net, blocks, data[0], loss, chunk=chunk)
+    found = resect.path_gradients(net, blocks, data[0], loss, samples=4)
+    for part in (95, 0, float("nan")):
+        with pytest.raises(InputError, match="part must be a share above 0 and at most 1"):
+            found.effective(part=part)
 
 
 def test_subsets_do_not_depend_on_anything_but_names_counts_and_seed():

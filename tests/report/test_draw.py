@@ -10,7 +10,7 @@ from torch import nn
 import resect
 from resect.errors import InputError
 from resect.report.draw import rows_by_figure
-from resect.report.figures import redraw_measurements
+from resect.report.figures import FIGURES, redraw_measurements
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,34 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(found, messa
     with pytest.raises(resect.ResectError, match=message):
         resect.draw(found, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"samples": "about 1000"}, "'samples' must be a whole number, not 'about 1000'"),
+        ({"seeds": 3}, "the seeds have an argument of their own"),
+        ({3: "a"}, "the key 3 is no text"),
+        ({"net": object()}, "'net' cannot be written as JSON"),
+    ],
+)
+def test_what_is_no_provenance_is_refused_before_anything_is_written(case, about, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        resect.draw(resect.path_lengths(case[1]), tmp_path / "out", about=about)
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_without_a_value_are_left_out_and_a_chart_that_fails_leaves_nothing(case, tmp_path, monkeypatch):
+    model, blocks, (x, y) = case
+    one = resect.block_response(model, blocks, [(x[:1], y[:1])])  # no sample is left to test a probe on
+    resect.draw(one, tmp_path / "one")
+    assert (tmp_path / "one" / "gate_closed.png").is_file()
+    assert not list((tmp_path / "one").glob("probes*"))
+
+    def fails(rows):
+        raise InputError("it was made to")
+
+    monkeypatch.setitem(FIGURES, "gate_closed", fails)
+    with pytest.raises(InputError, match="it was made to"):
+        resect.draw(one, tmp_path / "two")
+    assert not (tmp_path / "two").exists()

@@ -174,6 +174,28 @@ def test_classes_that_lose_most_come_first_and_few_of_many_are_drawn() -> None:
     assert order == [f"class {i}" for i in (*range(49, 29, -1), *range(9, -1, -1))]
 
 
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ((-0.2, -0.1), "Every class gains by the cut; class 1 gains least: −10.0 points"),
+        ((-0.2, 0.0), "The cut costs no class"),
+    ],
+)
+def test_a_cut_that_costs_no_class_is_not_said_to(changes, title) -> None:
+    rows = [
+        {"label": f"class {i}", "net": net, "error": 0.3 + (change if net == "cut" else 0.0)}
+        for i, change in enumerate(changes)
+        for net in ("uncut", "cut")
+    ]
+    assert FIGURES["cut_classes"](rows).to_dict()["title"]["text"] == title
+
+
+def test_one_lucky_draw_is_no_saving() -> None:
+    row = {"choice": "ours", "removed": 0, "draw": 0, "ms": 10.0, "flops": None, "error": 0.1}
+    rows = [row] + [row | {"removed": 1, "draw": i, "ms": 5.0, "error": e} for i, e in enumerate((0.05, 0.5, 0.6))]
+    assert FIGURES["cut_trade"](rows).to_dict()["title"]["text"] == "Error against time as blocks go"
+
+
 def test_a_chain_counts_what_is_gone_and_draws_it_empty() -> None:
     rows = [row | {"gone": row["index"] in (1, 2)} for row in ALL["chain"]() if row["model"] == "cifar-resnet-110"]
     chart = FIGURES["chain"](rows).to_dict()

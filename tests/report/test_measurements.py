@@ -126,3 +126,28 @@ def test_figures_are_drawn_again_from_measurements(tmp_path, format):
     write_measurements(tmp_path, "lesion_random", [{"k": 1}], format)
     with pytest.raises(FileError, match="missing columns 'draw', 'error'"):
         redraw_measurements(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": None},
+        {"columns": []},
+        {"columns": {"study": "texts"}},
+        {"provenance": None},
+        {"rows": 5},
+        {"rows": []},
+        {"rows": [{}]},
+        {"rows": [["each"]]},
+        {"columns": {"value": "number"}, "rows": [{"value": "abc"}]},
+    ],
+)
+def test_a_file_that_was_changed_by_hand_is_called_damaged(change, tmp_path):
+    whole = {"format": "resect measurements 1", "name": "lesion", "columns": {"study": "text"},
+             "rows": [{"study": "each"}], "provenance": {}}  # fmt: skip
+    path = tmp_path / "lesion.json"
+    path.write_text(json.dumps(whole))
+    assert read_measurements(path).rows == [{"study": "each"}]
+    path.write_text(json.dumps(whole | change))
+    with pytest.raises(FileError, match=r"lesion\.json is damaged"):
+        read_measurements(path)

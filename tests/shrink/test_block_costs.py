@@ -122,8 +122,13 @@ def test_a_buffer_that_a_pass_changes_is_put_back():
 def test_what_cannot_be_weighed_is_refused():
     net = slow_net()
     blocks = resect.find_blocks(net, torch.randn(2, 4))
-    for options in ({"batches": (0,)}, {"batches": (True,)}, {"rounds": 1}):
-        with pytest.raises(InputError, match="Batch sizes must be"):
+    for options, message in (
+        ({"batches": (0,)}, "a batch size must be a whole number of at least 1, not 0"),
+        ({"batches": (True,)}, "a batch size must be a whole number of at least 1, not True"),
+        ({"batches": 32}, "batches are several batch sizes"),
+        ({"rounds": 1}, "rounds must be a whole number of at least 2, not 1"),
+    ):
+        with pytest.raises(InputError, match=message):
             resect.block_costs(net, blocks, **options)
     with pytest.raises(BlocksError, match="nothing to weigh"):
         resect.block_costs(net, blocks[:0])

@@ -311,6 +311,7 @@ def test_what_cannot_be_ranked_is_refused(setup):
         ({"by": "lesions", "unit": "layers"}, "(?s)2 problems.*'lesion'.*'layer'"),
         ({"by": "size", "steps": 9}, "steps=9 are those of the fit of by='recoverability', .* with by='size'"),
         ({"by": {"layers.0": 1.0}, "steps": 9}, "none with numbers of your own"),
+        ({"search": "beam", "width": 2.5}, "width must be a whole number of at least 1, not 2.5"),
         ({"by": "recoverability", "steps": 0}, "steps must be a whole number of at least 1, not 0"),
         ({"by": "recoverability", "steps": 2.5}, "not 2.5"),
     ):

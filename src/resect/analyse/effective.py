@@ -37,11 +37,14 @@ def effective_lengths(values: Sequence[float], paths: Sequence[int], part: float
     ----------
     values: something that is at least 0, per length 0 … n. Of equally narrow runs the one that holds more is taken.
     paths: number of paths per length, as ``path_lengths`` gives them.
+    part: a share above 0 and at most 1.
 
     Raises
     ------
-    InputError: a value is negative or no number, or all are 0.
+    InputError: a value is negative or no number, or all are 0; a part that is no share.
     """
+    if not 0 < part <= 1:
+        raise InputError(f"part must be a share above 0 and at most 1, 0.95 for 95 %, not {part!r}.")
     odd = [(length, value) for length, value in enumerate(values) if not 0 <= value < float("inf")]
     if odd:
         raise InputError(f"Effective lengths need finite values of at least 0, but length {odd[0][0]} has {odd[0][1]}.")

@@ -23,7 +23,7 @@ from resect.analyse.single_paths import check_samples, passes, sample_path_gradi
 from resect.blocks.gate import Which
 from resect.blocks.measure import Progress
 from resect.blocks.unwrap import unwrap
-from resect.errors import InputError, unknown
+from resect.errors import InputError, check_counts, unknown
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ def path_gradients(
     InputError: a branch end that cannot be acted on; a loss that is no scalar, not finite, neither sum nor mean, or
         independent of ``at``; a place that cannot be seen; a model that couples samples, where paths are sampled.
     """
-    for name, value, low in (("samples", samples, 0), ("chunk", chunk, 1), ("max_length", max_length or 0, 0)):
-        if not isinstance(value, int) or value < low:
-            raise InputError(f"{name} must be a whole number of at least {low}, but is {value!r}.")
+    check_counts(samples=(samples, 0), chunk=(chunk, 1), max_length=(0 if max_length is None else max_length, 0))
     model = unwrap(model)
     with differentiable(model):
         whole = Batch.of(batch, model)

@@ -24,7 +24,7 @@ from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
 from resect.blocks.measure import Evaluate, Progress
 from resect.blocks.metrics import Metric, metric_label, metric_named
-from resect.errors import BlocksError, InputError
+from resect.errors import BlocksError, InputError, check_counts
 
 Order = tuple[int, int, list[str], tuple[int, ...], bool]
 """Number of swaps, draw, layers, which layer then stands at each place, and whether all such orders are measured."""
@@ -93,17 +93,16 @@ def lesion_study(
     blocks = resolve(model, blocks)
     if not blocks:
         raise BlocksError("There is nothing to close: the selection of residual blocks is empty.")
-    if draws < 1:
-        raise InputError(f"draws must be at least 1, but is {draws}.")
+    check_counts(draws=(draws, 1))
     if pairs and len(blocks) < 2:
         raise InputError("Pairs need at least two blocks, and there is one.")
     random_counts, runs, swaps, paths = (
         subsets.whole_numbers(name, given)
         for name, given in {"random_counts": random_counts, "runs": runs, "swaps": swaps, "paths": paths}.items()
     )
-    depth = len(blocks) if greedy is True else int(greedy)
-    if not 0 <= depth <= len(blocks):
-        raise InputError(f"greedy must be a number of blocks from 0 to {len(blocks)}, but is {greedy}.")
+    depth = {True: len(blocks), False: 0}[greedy] if isinstance(greedy, bool) else greedy
+    if not isinstance(depth, int) or not 0 <= depth <= len(blocks):
+        raise InputError(f"greedy must be a number of blocks from 0 to {len(blocks)}, but is {greedy!r}.")
     if paths and evaluate:
         raise InputError("Ensembles are made of the model's outputs: paths need a metric, and not evaluate.")
     metric_named(metric)

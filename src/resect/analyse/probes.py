@@ -33,6 +33,7 @@ class Probes:
 
     def add(self, streams: Sequence[Tensor], labels: Tensor) -> None:
         """Take the pooled streams of one batch, per depth (B, C), and its labels, whole numbers from 0, (B,)."""
+        labels = labels.long()
         if not self.seen:
             self._begin(streams)
         held = held_out(self.seen, len(labels)) & (self._held < HELD_OUT)

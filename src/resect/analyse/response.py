@@ -164,6 +164,8 @@ def _loss(loss_fn: LossFn | None, output: Any, target: Any) -> Tensor:
                 f"No loss is known for outputs of shape {tuple(logits.shape)} and targets of {tuple(target.shape)}: "
                 "give loss_fn(output, target), or gradient=False."
             )
+        # Classes as long; shares of classes stay what they are.
+        target = target if target.is_floating_point() else target.long()
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         raise InputError("loss_fn must return a scalar tensor that depends on the model's output with its gradient.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,5 +97,11 @@ class _Sum:
 
 
 def _like(output: Any, scores: Tensor) -> Any:
-    """An output with these scores: a tensor for a tensor, else an object of the same class's name with ``logits``."""
-    return scores if isinstance(output, Tensor) else type(type(output).__name__, (SimpleNamespace,), {})(logits=scores)
+    """An output with these scores alone: of the same kind, or an object of the same class's name with ``logits``."""
+    if isinstance(output, Tensor):
+        return scores
+    if type(output) in (tuple, list):
+        return type(output)([scores])
+    if isinstance(output, Mapping):
+        return type(output)(logits=scores)
+    return type(type(output).__name__, (SimpleNamespace,), {})(logits=scores)

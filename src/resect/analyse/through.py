@@ -15,7 +15,7 @@ from resect.analyse.loss import Batch, LossFn, check_parts, loss_kind
 from resect.blocks.gate import Gates, Which
 from resect.blocks.measure import Progress
 from resect.blocks.unwrap import unwrap
-from resect.errors import InputError
+from resect.errors import InputError, check_counts
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def block_gradients(
     ------
     BlocksError, InputError: as ``path_gradients``.
     """
+    check_counts(chunk=(chunk, 1))
     model = unwrap(model)
     with differentiable(model):
         whole = Batch.of(batch, model)

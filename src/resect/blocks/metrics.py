@@ -69,6 +69,9 @@ def _scored(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"{tuple(target.shape)}. It takes (B, classes) with (B,), or (B, T, classes) with (B, T). For anything "
             "else pass a metric of your own: metric(output, batch) -> one number per sample."
         )
+    if target.is_floating_point() and not target.equal(target.round()):
+        raise InputError(f"The targets are {target.dtype} and no whole numbers: classes are counted from 0.")
+    target = target.long()
     kept = target != IGNORED
     logits, target = logits[kept], target[kept]
     low, high = (int(target.min()), int(target.max())) if len(target) else (0, 0)
@@ -168,7 +171,7 @@ def _checked(metric: Metric) -> Metric:
     def checked(output: Any, batch: Any) -> Tensor:
         try:
             values = metric(output, batch)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, LookupError) as error:
             raise InputError(
                 f"The metric {metric_label(metric)!r} failed: {error}. It is called as metric(output, batch), with the "
                 "whole batch: of (inputs, target) the target is batch[1]."

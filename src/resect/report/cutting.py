@@ -26,9 +26,10 @@ def cut_trade(rows: list[dict[str, Any]]) -> Any:
     whole = next((row for row in rows if not row["removed"]), None)
     cheap, column = [], columns[0]
     if whole is not None and whole[column]:
-        cheap = [row for row in ours if row[column] is not None and row["error"] <= whole["error"] + 0.01]
+        seen = _means([row for row in ours if row[column] is not None], column, best)
+        cheap = [row["cost"] for row in seen if row["error"] <= whole["error"] + 0.01]
     title = f"Error against {' and '.join('time' if c == 'ms' else 'FLOPs' for c in columns)} as blocks go"
-    least = min((row[column] for row in cheap), default=None)
+    least = min(cheap, default=None)
     if whole is not None and least is not None and least < whole[column]:
         share, unit = 100 * (1 - least / whole[column]), "time" if column == "ms" else "FLOPs"
         title = f"Chosen by “{best}”: {share:.0f} % of the {unit} goes for at most 1 point more error"
@@ -39,16 +40,21 @@ def cut_trade(rows: list[dict[str, Any]]) -> Any:
     )
 
 
+def _means(rows: list[dict[str, Any]], column: str, choice: str) -> list[dict[str, Any]]:
+    """Mean error and cost over the draws, for each number of blocks that a choice lets go."""
+    found = []
+    for removed in sorted({row["removed"] for row in rows if row["choice"] == choice}):
+        several = [row for row in rows if (row["choice"], row["removed"]) == (choice, removed)]
+        mean, low, high = spread([row["error"] for row in several])
+        cost = sum(row[column] for row in several) / len(several)
+        found.append({"choice": choice, "removed": removed, "cost": cost, "error": mean,
+                      "low": max(0.0, low), "high": min(1.0, high), "draws": len(several)})  # fmt: skip
+    return found
+
+
 def _trade(rows: list[dict[str, Any]], column: str, choices: list[str]) -> Any:
     """One panel: error up, what a pass costs across."""
-    summary = []
-    for choice in choices:
-        for removed in sorted({row["removed"] for row in rows if row["choice"] == choice}):
-            several = [row for row in rows if (row["choice"], row["removed"]) == (choice, removed)]
-            mean, low, high = spread([row["error"] for row in several])
-            cost = sum(row[column] for row in several) / len(several)
-            summary.append({"choice": choice, "removed": removed, "cost": cost, "error": mean,
-                            "low": max(0.0, low), "high": min(1.0, high), "draws": len(several)})  # fmt: skip
+    summary = [row for choice in choices for row in _means(rows, column, choice)]
     lines = {choice for choice in choices if sum(row["choice"] == choice for row in summary) > 1}
     top = min(1.0, 1.05 * max(row["high"] for row in summary) + 0.01)
     ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick <= top]
@@ -121,7 +127,10 @@ def cut_classes(rows: list[dict[str, Any]]) -> Any:
     )
     worst = labels[0]
     said = f"{100 * change(worst):+.1f} points".replace("-", "−")
-    title = f"The class that the cut costs most: {worst}, {said}" if len(nets) > 1 else "Error by class"
+    title = f"The class that the cut costs most: {worst}, {said}" if change(worst) > 0 else "The cut costs no class"
+    if change(worst) < 0:
+        title = f"Every class gains by the cut; {worst} gains least: {said}"
+    title = title if len(nets) > 1 else "Error by class"
     note = "Error on the test images of each class, the class that loses most on top."
     if shown != labels:
         note = f"Of {len(labels)} classes the 20 that lose most and the 10 that gain most."

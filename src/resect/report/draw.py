@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from resect.analyse.profile import BlockResponse
 from resect.analyse.study import LesionStudy
 from resect.analyse.through import BlockGradients
 from resect.errors import InputError, check_all, unknown
-from resect.report.figures import draw_measurements
+from resect.report.figures import charts_of, save_all
 from resect.report.measurements import Measurements, write_measurements
 from resect.report.provenance import provenance
+from resect.report.rows import plain
+from resect.report.schema import has_values
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -43,7 +46,8 @@ def draw(
 
     Raises
     ------
-    InputError: something else than these, another format, or an option that its figures do not have.
+    InputError: something else than these, nothing in it that could be shown, another format, an option that its
+        figures do not have, or ``about`` that is no provenance; nothing is written then.
     FileError: the place cannot be written.
 
     >>> resect.draw(study, "figures", about={"model": "ResNet-20"})
@@ -51,11 +55,31 @@ def draw(
     folder, about = Path(folder), dict(about or {})
     found = {str(about.get("model", "this model")): found} if isinstance(found, BlockResponse) else found
     _check_options(found, options)
+    check_all(_mistakes(about), "about")
+    # Every chart is made before the first file is written: what cannot be drawn leaves nothing behind.
+    drawn = [(name, rows, charts_of(Measurements(name, rows, about), name))
+             for name, rows in rows_by_figure(found, **options).items()]  # fmt: skip
+    if not drawn:
+        raise InputError("draw(): nothing was found that a figure could show, no value that is finite.")
     paths = []
-    for name, rows in rows_by_figure(found, **options).items():
-        measurements = write_measurements(folder, name, rows, format, provenance(seeds, **about))
-        paths += [measurements, *draw_measurements(Measurements(name, rows, about), folder, name)]
+    for name, rows, charts in drawn:
+        paths.append(write_measurements(folder, name, rows, format, provenance(seeds, **about)))
+        paths += save_all(charts, folder)
     return paths
+
+
+def _mistakes(about: Mapping[str, Any]) -> Iterator[str]:
+    """Say what cannot go into the provenance."""
+    for key, value in about.items():
+        if not isinstance(key, str):
+            yield f"the key {key!r} is no text"
+        elif key == "seeds":
+            yield "the seeds have an argument of their own: draw(…, seeds=[0])"
+        else:
+            try:
+                json.dumps(plain(value))
+            except TypeError as error:
+                yield f"{key!r} cannot be written as JSON: {error}"
 
 
 def _check_options(found: Any, options: Mapping[str, Any]) -> None:
@@ -114,9 +138,7 @@ def _response(found: BlockResponse, epsilon: float = 2.5, batch_sizes: Sequence[
         "strict_identity": found.strict_rows(epsilon),
         "gate_closed": found.closed_rows(epsilon, batch_sizes),
     }
-    if all(row["cka"] is None for row in rows["cka"]):
-        del rows["cka"]
-    return {figure: own for figure, own in rows.items() if own}
+    return {figure: own for figure, own in rows.items() if own and has_values(figure, own)}
 
 
 @rows_by_figure.register(Mapping)

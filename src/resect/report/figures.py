@@ -109,23 +109,31 @@ def save_as(chart: Any, path: str | os.PathLike[str]) -> Path:
     return write_file(target, svg if target.suffix == ".svg" else vl_convert.svg_to_png(svg, scale=2))
 
 
-def draw_measurements(found: Measurements, folder: Path, stem: str) -> list[Path]:
-    """Draw what measurements show: a figure, called ``stem``, or all the figures of a lesion study."""
+def charts_of(found: Measurements, stem: str) -> dict[str, Any]:
+    """Return the charts of what measurements show: one, called ``stem``, or all those of a lesion study."""
     figures = {stem: (found.name, found.rows)}
     if found.name == "lesion":
         parts = lesion_figures(found.rows, str(found.provenance.get("model", "this model")))
         figures = {name: (name, rows) for name, rows in parts.items()}
     of = _of(found.provenance)
-    for name, (figure, rows) in figures.items():
-        save(theme.signed(FIGURES[figure](rows), of), folder, name)
-    return [folder / f"{name}.png" for name in figures]
+    return {name: theme.signed(FIGURES[figure](rows), of) for name, (figure, rows) in figures.items()}
+
+
+def save_all(charts: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write charts as PNG and SVG; return the paths of the PNGs."""
+    for name, chart in charts.items():
+        save(chart, folder, name)
+    return [folder / f"{name}.png" for name in charts]
 
 
 def _of(provenance: Mapping[str, Any]) -> str:
     """Of what a figure is: the model and how many samples, as far as the measurements say."""
     parts = [str(provenance["model"])] if provenance.get("model") else []
-    if provenance.get("samples"):
-        parts.append(theme.plural(int(provenance["samples"]), "sample"))
+    samples = provenance.get("samples")
+    if samples and not str(samples).isdecimal():
+        raise InputError(f"The figures name the number of samples: 'samples' must be a whole number, not {samples!r}.")
+    if samples:
+        parts.append(theme.plural(int(samples), "sample"))
     return ", ".join(parts)
 
 
@@ -150,7 +158,7 @@ def redraw_measurements(path: str | os.PathLike[str]) -> list[Path]:
         if found.name not in (*FIGURES, "lesion"):
             raise FileError(f"{file}: {unknown('figure', found.name, FIGURES)}")
         try:
-            drawn += draw_measurements(found, file.parent, file.stem)
+            drawn += save_all(charts_of(found, file.stem), file.parent)
         except ResectError as error:
             raise FileError(f"{file}: {error}") from None
     if not drawn:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from resect.errors import FileError, InputError, check_all, unknown
+from resect.errors import FileError, InputError, check_all, quoted, unknown
 from resect.report.rows import Row, plain, read_json, read_rows, write_file, write_rows
 
 Format = Literal["csv", "json", "parquet"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _MARK = "resect measurements 1"
+_KINDS = ("text", "flag", "int", "number")
 _KEY = b"resect"  # of Parquet's own metadata
 
 
@@ -72,7 +73,7 @@ def read_measurements(path: str | os.PathLike[str]) -> Measurements:
         rows, head = _read_parquet(path)
     elif path.suffix == ".json":
         head = _checked(read_json(path), path)
-        rows = [{key: _value_of(value, head["columns"].get(key)) for key, value in row.items()} for row in head["rows"]]
+        rows = _json_rows(head, path)
     else:
         head = _checked(read_json(_beside(path)), _beside(path))
         rows = [
@@ -132,6 +133,17 @@ def _value_of(value: Any, kind: str | None) -> Any:
     return float(value) if kind == "number" and isinstance(value, str) else value
 
 
+def _json_rows(head: Mapping[str, Any], path: Path) -> list[Row]:
+    kinds, rows = head["columns"], head.get("rows")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and set(row) == set(kinds) for row in rows)
+    if not whole or not rows:
+        raise FileError(f"{path} is damaged: its rows are not those of its columns.")
+    try:
+        return [{key: _value_of(value, kinds[key]) for key, value in row.items()} for row in rows]
+    except ValueError as error:
+        raise FileError(f"{path} is damaged: {error}.") from error
+
+
 def _parquet(table: list[Row], head: Mapping[str, Any]) -> bytes:
     import pyarrow
     from pyarrow import parquet
@@ -164,4 +176,10 @@ def _checked(head: Any, path: Path) -> dict[str, Any]:
     """What a file says of itself, or FileError if it says nothing of the kind."""
     if not isinstance(head, dict) or head.get("format") != _MARK:
         raise FileError(f"{path} was not written by this version of Resect (expected format {_MARK!r}).")
+    kinds = head.get("columns")
+    wrong = [key for key in ("columns", "provenance") if not isinstance(head.get(key), dict)]
+    wrong += ["name"] * (not isinstance(head.get("name"), str))
+    wrong += ["columns"] * (isinstance(kinds, dict) and any(kind not in _KINDS for kind in kinds.values()))
+    if wrong:
+        raise FileError(f"{path} is damaged: its {quoted(wrong)} cannot be what was written.")
     return head

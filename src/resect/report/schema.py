@@ -243,12 +243,16 @@ def check_rows(name: str, rows: Sequence[Mapping[str, Any]], where: str | None =
         first = next(((number, fault) for number, fault in faults if fault), None)
         if first and column not in missing:
             problems.append(f"row {first[0]}: {column!r} {first[1]}")
-    # Optional cells are optional one by one: a figure without a single value would be an empty frame.
-    shown = NEEDS_ONE.get(name, [])
-    values = (row.get(column) for row in rows for column in shown)
-    if shown and not problems and not any(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        problems.append(f"no value at all in {quoted(shown)}")
+    if not problems and not has_values(name, rows):
+        problems.append(f"no value at all in {quoted(NEEDS_ONE[name])}")
     check_all(problems, where)
+
+
+def has_values(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is something to show: optional cells are so one by one, and an empty frame is no figure."""
+    shown = NEEDS_ONE.get(name, [])
+    values = [row.get(column) for row in rows for column in shown]
+    return not shown or any(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def clean_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

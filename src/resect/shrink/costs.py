@@ -17,7 +17,7 @@ from resect.blocks.example import Example, device_of
 from resect.blocks.gate import Which, check_detached, resolve
 from resect.blocks.modes import kept_buffers
 from resect.blocks.unwrap import unwrap
-from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
+from resect.errors import BlocksError, InputError, check_all, check_counts, nearest, quoted, unknown
 from resect.shrink.remove import take_out
 from resect.shrink.timed import Latency, inside, timed
 
@@ -150,9 +150,12 @@ def block_costs(
             f"block_costs takes one example, not batches, and this is a list of {len(example)}. Pass one of them, "
             "data[0]; of an (inputs, target) pair the inputs, data[0][0]."
         )
-    wrong = [batch for batch in batches if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1]
-    if wrong or rounds < 2:
-        raise InputError(f"Batch sizes must be whole numbers from 1 and rounds at least 2; got {batches} and {rounds}.")
+    if not isinstance(batches, Iterable) or isinstance(batches, str):
+        raise InputError(f"batches are several batch sizes, as (1, 32), or () to count only, not {batches!r}.")
+    batches = list(batches)
+    for batch in batches:
+        check_counts(**{"a batch size": (batch, 1)})
+    check_counts(rounds=(rounds, 2))
     check_detached(model)
     example = Example.of(blocks.example if example is None else example).to(device_of(model))
     one = resized(example, 1) if samples_in(example) else example

@@ -14,7 +14,7 @@ from resect.blocks.example import Forward, forward_batch
 from resect.blocks.gate import Which, resolve
 from resect.blocks.measure import Progress
 from resect.blocks.metrics import Metric, metric_label, metric_named
-from resect.errors import BlocksError, InputError, check_all, nearest, quoted, unknown
+from resect.errors import BlocksError, InputError, check_all, check_counts, nearest, quoted, unknown
 from resect.shrink import search as find
 from resect.shrink.costs import BlockCosts
 from resect.shrink.missed import Missed
@@ -107,8 +107,9 @@ def rank(
         _check_unbroken(blocks, units, str(by))
     sets, count = list(units.values()), len(units)
     depth = count if depth is None else depth
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count or width < 1:
-        raise InputError(f"depth must be a whole number from 1 to {count}, the {kind}s ranked, and width at least 1.")
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count:
+        raise InputError(f"depth must be a whole number from 1 to {count}, the {kind}s ranked, not {depth!r}.")
+    check_counts(width=(width, 1))
     data = () if data is None else data
     missed = Missed(model, blocks, data, metric, forward, progress)
     score = _scorer(model, blocks, data, by, units, metric, forward, steps, seed, missed)
