@@ -100,8 +100,9 @@ def _like(output: Any, scores: Tensor) -> Any:
     """An output with these scores alone: of the same kind, or an object of the same class's name with ``logits``."""
     if isinstance(output, Tensor):
         return scores
-    if type(output) in (tuple, list):
-        return type(output)([scores])
+    kind: Any = type(output)
+    if kind in (tuple, list):
+        return kind([scores])
     if isinstance(output, Mapping):
-        return type(output)(logits=scores)
-    return type(type(output).__name__, (SimpleNamespace,), {})(logits=scores)
+        return kind(logits=scores)
+    return type(kind.__name__, (SimpleNamespace,), {})(logits=scores)
