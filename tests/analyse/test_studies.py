@@ -285,7 +285,7 @@ def test_dropout_modules_and_train_mode_do_not_disturb(setup):
         ({"greedy": 6}, "from 0 to 5, but is 6"),
         ({"paths": [5]}, "no path of length 5: the longest has 4"),
         ({"swaps": [-1]}, "Cannot swap -1"),
-        ({"draws": 0}, "draws must be at least 1"),
+        ({"draws": 0}, "draws must be a whole number of at least 1"),
         ({"metric": lambda output, batch: loss(output, batch[1])}, r"one number per sample.*reduction='none'"),
         ({"metric": lambda output, batch: 3.0}, r"'<lambda>' returned 3.0 for a batch of 32 samples"),
         ({"metric": lambda output, batch: output}, r"returned a tensor of shape \(32, 4\)"),
