@@ -233,7 +233,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", FREEZING)
 def test_a_block_that_does_not_learn_stands_still_bit_for_bit(method, optimizer, family):
-    from resect.train.freeze import branch_modules, own_parameters
+    from resect.train.freeze import branch_modules, branch_parameters
 
     model, x, blocks, level = setup(family)
     optimizer = OPTIMIZERS[optimizer](model)
@@ -242,7 +242,7 @@ def test_a_block_that_does_not_learn_stands_still_bit_for_bit(method, optimizer,
     with METHODS[method](model, blocks, optimizer, level) as attached:
         for number in range(4):
             parts = [
-                (own_parameters(model, b), [x for m in branch_modules(model, b) for x in m.buffers(False)])
+                (branch_parameters(model, b), [x for m in branch_modules(model, b) for x in m.buffers(False)])
                 for b in blocks
             ]
             before = [[value.detach().clone() for value in (*weights, *buffers)] for weights, buffers in parts]
