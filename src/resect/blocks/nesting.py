@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from resect.blocks.block import ResidualBlock
+
+
+def around(blocks: Iterable[ResidualBlock]) -> dict[str, set[str]]:
+    """Return for each block the names of those in whose branches it lies."""
+    found = list(blocks)
+    return {block.name: {outer.name for outer in found if lies_in(block, outer)} for block in found}
 
 
 def lies_in(block: ResidualBlock, outer: ResidualBlock) -> bool:

@@ -8,14 +8,14 @@ and their buffers are put back to what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from resect.blocks.block import Blocks, ResidualBlock
-from resect.blocks.nesting import lies_in
+from resect.blocks.nesting import around
 from resect.blocks.state import Gate
 from resect.blocks.units import is_sharded
 from resect.errors import AttachError
@@ -103,19 +103,19 @@ def branch_modules(model: nn.Module, block: ResidualBlock) -> list[nn.Module]:
 class Share(Generic[T]):
     """Parameters, or modules, of a model, by the blocks that use them: what several share stands still if all do.
 
-    ``used`` says what a block uses; a block inside the branch of another uses nothing while that is closed. The
-    ``rest`` of ``everything`` is what is used, ``outside`` or by blocks that were not selected, whatever these do.
+    ``used`` says what a block uses; one that is ``nested`` in the branch of another uses nothing while that is closed.
+    The ``rest`` of ``everything`` is what is used, ``outside`` or by blocks that were not selected, whatever these do.
     """
 
     def __init__(
-        self, everything: Iterable[T], blocks: Blocks, used: Callable[[ResidualBlock], list[T]], outside: Iterable[T]
-    ) -> None:
+        self, everything: Iterable[T], blocks: Blocks, nested: Mapping[str, set[str]],
+        used: Callable[[ResidualBlock], list[T]], outside: Iterable[T] = (),
+    ) -> None:  # fmt: skip
         places = {name: place for place, name in enumerate(blocks.names)}
         users: dict[int, dict[str, set[int]]] = {id(item): {"": set()} for item in outside}
         for block in sorted(blocks.found, key=lambda block: block.sum):  # inner ones first
-            inner = {other.name for other in blocks.found if lies_in(other, block)}
-            around = [other.name for other in blocks.found if lies_in(block, other)]
-            needs = {places[name] for name in (block.name, *around) if name in places}
+            inner = {name for name, outer in nested.items() if block.name in outer}
+            needs = {places[name] for name in (block.name, *nested[block.name]) if name in places}
             for item in used(block):
                 by = users.setdefault(id(item), {})
                 if inner.isdisjoint(by):  # else it is used there, not here
@@ -142,9 +142,10 @@ class Parts:
     """The parameters and modules of a model, sorted by block; the rest is of no branch (stem, shortcuts, head)."""
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
-        self.modules = Share(model.modules(), blocks, lambda block: branch_modules(model, block), ())
+        nested, outside = around(blocks.found), _outside(model, blocks)
+        self.modules = Share(model.modules(), blocks, nested, lambda block: branch_modules(model, block))
         self.parameters = Share(
-            model.parameters(), blocks, lambda block: branch_parameters(model, block), _outside(model, blocks)
+            model.parameters(), blocks, nested, lambda block: branch_parameters(model, block), outside
         )
         self._known = _ids(model)
         self._blocks, self._sharded = blocks, is_sharded(model)
